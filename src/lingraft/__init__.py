@@ -1,0 +1,28 @@
+"""lingraft: graft a language and a field onto an open language model, without harming what it already knows.
+
+Everything the command line does is one call here:
+
+    import lingraft
+
+    result = lingraft.run("quickstart")
+    lingraft.plan("my-recipe.yaml")
+    lingraft.status(result.run)
+
+Importing this module loads nothing heavy.
+"""
+
+from lingraft.api import check, load_recipe, plan, report, run, status
+from lingraft.errors import GateFailed, LingraftError
+from lingraft.version import VERSION as __version__
+
+__all__ = [
+    "GateFailed",
+    "LingraftError",
+    "__version__",
+    "check",
+    "load_recipe",
+    "plan",
+    "report",
+    "run",
+    "status",
+]

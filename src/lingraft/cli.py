@@ -1,0 +1,230 @@
+"""The command line: verbs only. What a verb does lives in `lingraft.api`; heavy imports happen there, when called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lingraft.errors import LingraftError
+from lingraft.version import VERSION
+
+# Threads that wait for each other should sleep, not spin: on a busy machine spinning costs a factor of a hundred.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+app = typer.Typer(
+    help="Graft a language and a field onto an open language model, without harming what it already knows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a built-in recipe such as quickstart.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a value of the recipe, for example training.precision=fp32.",
+    ),
+]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder (default: runs/NAME).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def run(recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None) -> None:
+    """Run a recipe from corpus to report; the same command goes on after a stop."""
+    from lingraft import api
+
+    result = api.run(recipe, run_dir, set_ or [], command=shlex.join(["lingraft", *sys.argv[1:]]))
+    typer.echo("")
+    typer.echo(_before_after(result.scoreboard))
+    typer.echo(f"model   {result.model}")
+    typer.echo(f"report  {result.report}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Show what a run would do and what each stage trains, before any work."""
+    from lingraft import api
+
+    data = api.plan(recipe, run_dir, set_ or [])
+    if as_json:
+        typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
+    else:
+        _print_plan(data)
+
+
+@app.command()
+def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
+    """Show how far a run has come."""
+    from lingraft import api
+
+    data = api.status(run_folder)
+    if as_json:
+        typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
+        return
+    for step in data["steps"]:
+        seconds = f"{step['seconds']:8.1f} s" if step["seconds"] is not None else ""
+        typer.echo(f"{step['state']:<8} {step['step']:<44} {seconds}")
+    if data["scoreboard"]:
+        typer.echo("")
+        typer.echo(_before_after(data["scoreboard"]))
+
+
+@app.command()
+def report(run_folder: RunArgument) -> None:
+    """Write a run's report.html again."""
+    from lingraft import api
+
+    typer.echo(api.report(run_folder))
+
+
+@recipe_app.command("check")
+def recipe_check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe and that its inputs exist; all faults are listed at once."""
+    from lingraft import api
+
+    loaded = api.check(recipe, set_ or [])
+    typer.echo(f"{loaded.name}: {len(loaded.stages)} stages, {len(loaded.corpus.sources)} sources; no faults")
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Print a recipe with presets expanded and every default written out."""
+    from lingraft.recipe import dump, load
+
+    typer.echo(dump(load(recipe, set_ or [])), nl=False)
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Name the built-in recipes."""
+    from lingraft.recipe import built_in_names, load
+
+    for name in built_in_names():
+        typer.echo(f"{name:<24} {load(name).description}")
+
+
+def _before_after(entries: list[dict[str, Any]]) -> str:
+    """The table of base against last measurement."""
+    first, last = entries[0], entries[-1]
+    rows = [("", first["title"], last["title"])]
+    for language, measured in last["languages"].items():
+        before = first["languages"].get(language, {})
+        rows.append(
+            (
+                f"{language} bits per byte",
+                _number(before, "bits_per_byte"),
+                _number(measured, "bits_per_byte"),
+            )
+        )
+        rows.append(
+            (
+                f"{language} tokens per character",
+                _number(before, "tokens_per_character"),
+                _number(measured, "tokens_per_character"),
+            )
+        )
+    rows += [
+        (f"{name} questions", _accuracy(first["questions"].get(name)), _accuracy(asked))
+        for name, asked in last["questions"].items()
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _number(measured: dict[str, Any], key: str) -> str:
+    return f"{measured[key]:.3f}" if key in measured else "–"
+
+
+def _accuracy(asked: dict[str, Any] | None) -> str:
+    return f"{asked['accuracy']:.1%} [{asked['low']:.1%}, {asked['high']:.1%}]" if asked else "–"
+
+
+def _print_plan(data: dict[str, Any]) -> None:
+    base = data["base"]
+    typer.echo(f"{data['name']} → {data['run']}")
+    if "parameters" in base:
+        tied = "tied" if base["tied"] else "untied"
+        typer.echo(
+            f"base {base['model']}: {base['parameters']:,} parameters with the graft, {base['rows']:,} rows, {tied}"
+        )
+    else:
+        typer.echo(f"base {base['model']}: size unknown ({base['unknown']})")
+    for note in data["notes"]:
+        typer.echo(note)
+    typer.echo("")
+    for step in data["steps"]:
+        typer.echo(f"  {step['state']:<8} {step['step']}")
+    typer.echo("")
+    for number, stage in enumerate(data["stages"], 1):
+        trains = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in stage["train"].items() if v != "none")
+        length = f"{stage['tokens']:,} tokens" if stage["tokens"] else f"{stage['epochs']:g} epochs"
+        size = (
+            f"{stage['trainable']:,} values, at least {stage['minimum_memory_gb']:.2f} GB"
+            if "trainable" in stage
+            else ""
+        )
+        typer.echo(
+            f"  stage {number} {stage['name']}: {trains}; lr {stage['learning_rate']:g}, {length}; {size}".rstrip("; ")
+        )
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: every error that a user can mend becomes its line and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except LingraftError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished steps are kept, and the same command goes on from there", 130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}{_cure(error)}", 2)
+
+
+def _cure(error: OSError) -> str:
+    import errno
+
+    cures = {
+        errno.ENOSPC: "; the disk is full: make room and give the same command again, finished steps are kept",
+        errno.EDQUOT: "; your disk quota is used up: make room and give the same command again",
+        errno.EFBIG: "; the file is larger than this system allows: raise the limit or choose another --run-dir",
+        errno.EROFS: "; the file system is read-only: choose another --run-dir",
+        errno.EACCES: "; you may not read or write there: change its permissions or choose another --run-dir",
+    }
+    return cures.get(error.errno or 0, "")
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.split("\n"):
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

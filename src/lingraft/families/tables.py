@@ -1,0 +1,70 @@
+"""The table of model families, keyed by Hugging Face's `model_type`.
+
+Sources: the families' published configs and tokenizers, transformers' modelling code, llama.cpp's
+`convert_hf_to_gguf.py` (pre-tokenizer names) and `src/models/gemma3.cpp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+LINEAR_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: what grafting and training must know about a family that its config does not say.
+
+    `unused_pattern` matches, in full, the pieces that a family reserved and never trained; its group 1 is
+    their number. `protected_unused` are the numbers among them that fine-tunes of the family do use as marks
+    (MedGemma 1.5 thinks between `<unused94>` and `<unused95>`): in a vocabulary of the family's own size, or
+    one with further unused blocks, they are never given away.
+    `slots_only` says that new ids must lie inside the old vocabulary.
+    `vocab_size_keys` are the paths in `config.json` that hold the vocabulary size, those absent skipped.
+    `llama_cpp_pre_tokenizer` is the name llama.cpp knows the family's byte-level pre-tokenizer by; its
+    converter finds it by hashing a check text, which a graft can change, so it is given explicitly.
+    SentencePiece tokenizers are always "default" there.
+    `needs_bos` says that the family was trained with BOS at the start of every text.
+    """
+
+    model_type: str
+    unused_pattern: str | None = None
+    protected_unused: range = range(0)
+    full_vocab_size: int = 0
+    slots_only: bool = False
+    projections: tuple[str, ...] = LINEAR_PROJECTIONS
+    vocab_size_keys: tuple[tuple[str, ...], ...] = (("vocab_size",),)
+    llama_cpp_pre_tokenizer: str = "default"
+    needs_bos: bool = True
+
+
+_NESTED_VOCAB_SIZE = (("vocab_size",), ("text_config", "vocab_size"))
+
+_GEMMA = Family(
+    "gemma",
+    unused_pattern=r"<unused(\d+)>",
+    protected_unused=range(99),
+    full_vocab_size=256_000,
+)
+
+_ROWS = (
+    _GEMMA,
+    replace(_GEMMA, model_type="gemma2"),
+    replace(_GEMMA, model_type="gemma3", vocab_size_keys=_NESTED_VOCAB_SIZE),
+    replace(_GEMMA, model_type="gemma3_text"),
+    # The per-layer table ends at 262,144 ids and every id past the audio offset is read as audio.
+    replace(_GEMMA, model_type="gemma3n", vocab_size_keys=_NESTED_VOCAB_SIZE, slots_only=True),
+    replace(_GEMMA, model_type="gemma3n_text", slots_only=True),
+    # "llama" is SentencePiece up to Llama 2 and byte-level from Llama 3 on.
+    Family("llama", llama_cpp_pre_tokenizer="llama-bpe"),
+    Family("mistral", llama_cpp_pre_tokenizer="tekken"),
+    Family("qwen2", llama_cpp_pre_tokenizer="qwen2", needs_bos=False),
+    Family("qwen3", llama_cpp_pre_tokenizer="qwen2", needs_bos=False),
+)
+
+FAMILIES = {row.model_type: row for row in _ROWS}
+
+
+def family(model_type: str) -> Family:
+    """The row of `model_type`; a type not in the table gets the generic row (append only, BOS if it has one)."""
+    return FAMILIES.get(model_type) or Family(model_type)

@@ -1,0 +1,266 @@
+"""Reading and writing checkpoints: ordinary Hugging Face folders, safetensors only.
+
+`check` finds what is wrong with a folder before anything heavy starts: missing files, pickle weights, truncated
+shards, a tokenizer with more tokens than the model has rows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lingraft.errors import ModelError
+
+transformers_logging.set_verbosity_error()  # what matters of its messages is raised here as one line
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What belongs to a checkpoint beside weights and config, copied along unchanged.
+COMPANIONS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "graft.json",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights, checked against the index and for truncation.
+
+    Raises:
+        ModelError: no weights, pickle weights only, a missing or damaged file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ModelError(f"{index}: damaged weight index; fetch the model again") from error
+        files = [folder / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise ModelError(f"{folder}: {file.name} is missing, though the index names it; fetch the model again")
+    else:
+        files = [folder / "model.safetensors"]
+    if not files[0].is_file():
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"{folder}: the weights are pickled ({pickles[0]}), which can run code when opened; "
+                "convert them to safetensors first"
+            )
+        raise ModelError(f"{folder}: no model.safetensors here; base.model must be a folder with safetensors weights")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: damaged or cut short ({error}); fetch the file again") from error
+    return files
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration (transformers).
+
+    Raises:
+        ModelError: no readable config.json.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json here; a model folder needs one beside its weights")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise ModelError(f"{folder}/config.json: not a configuration transformers can read: {_first(error)}") from error
+
+
+def check(folder: Path, tokens: int | None = None) -> None:
+    """Raise a ModelError where the folder is no whole, safe checkpoint that fits its tokenizer of `tokens` ids."""
+    config = read_config(folder)
+    weight_files(folder)
+    rows = config.get_text_config().vocab_size
+    if tokens is not None and tokens > rows:
+        raise ModelError(
+            f"{folder}: the tokenizer has {tokens:,} tokens but the model only {rows:,} rows: they don't belong "
+            "together; use the tokenizer that came with these weights"
+        )
+
+
+def is_tied(config: Any) -> bool:
+    """Whether input and output embeddings are one matrix."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", config.tie_word_embeddings))
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    quantise: str = "none",
+    remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint folder, in its own architecture (text or multimodal), in evaluation mode.
+
+    Args:
+        dtype: of the weights in memory; by default the one they are stored in.
+        quantise: `nf4` holds the linear layers in 4-bit NormalFloat with double quantisation (QLoRA,
+            arXiv 2305.14314) through bitsandbytes.
+    Raises:
+        ModelError: damaged or ill-fitting weights.
+    """
+    import transformers
+
+    config = read_config(folder)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None)
+    if remote_code or kind is None:
+        kind = transformers.AutoModelForCausalLM
+    extra: dict[str, Any] = {"trust_remote_code": True} if remote_code else {}
+    if quantise == "nf4":
+        extra["quantization_config"] = _nf4(dtype or torch.bfloat16)
+    try:
+        loader: Any = kind
+        model, info = loader.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot load the weights: {_first(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}; "
+            "fetch the model again"
+        )
+    mismatched = list(info["mismatched_keys"])
+    if mismatched:
+        raise ModelError(f"{folder}: the shape of {mismatched[0][0]} does not fit config.json; fetch the model again")
+    return model.eval()
+
+
+def _nf4(compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            "lora.quantise: nf4 needs bitsandbytes; install lingraft[quantise], or set lora.quantise: none"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        # our row-wise modules hold the matrices of the vocabulary; images keep full precision
+        llm_int8_skip_modules=["lm_head", "embed_tokens", "vision_tower", "multi_modal_projector"],
+    )
+
+
+def save(model: PreTrainedModel, folder: Path, companions: Path) -> None:
+    """Write weights and config to `folder`, and copy tokenizer, templates and processor files from `companions`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    copy_companions(companions, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the files that belong to a checkpoint beside weights and config."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder.
+
+    Raises:
+        ModelError: no usable tokenizer files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        raise ModelError(f"{folder}: cannot load its tokenizer: {_first(error)}") from error
+
+
+def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """The model, moved in place."""
+    movable: Any = model  # transformers wraps `.to` in a way that type checkers can't follow
+    return movable.to(device)
+
+
+def input_matrix(model: PreTrainedModel) -> nn.Parameter:
+    """The (V, D) input embedding matrix."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight
+
+
+def output_matrix(model: PreTrainedModel) -> nn.Parameter:
+    """The (V, D) output matrix; the same object as the input matrix where they are tied."""
+    head: Any = model.get_output_embeddings()
+    return head.weight
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the model an output matrix of its own, equal to the input matrix; logits stay bit-equal.
+
+    Both configs must say so, since readers differ in which of the two they ask.
+    """
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(input_matrix(model).detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module, "_tied_weights_keys", None):
+            module._tied_weights_keys = {}
+
+
+def resize(model: PreTrainedModel, rows: int) -> None:
+    """Grow both matrices to `rows` rows; rows that exist stay as they are, new ones are zero until they are set.
+
+    Never shrinks: pad rows beyond the tokenizer are kept.
+    """
+    if rows <= input_matrix(model).shape[0]:
+        return
+    tied = output_matrix(model) is input_matrix(model)
+    grown = _grown(input_matrix(model), rows)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding.weight = grown
+    embedding.num_embeddings = rows
+    head.weight = grown if tied else _grown(head.weight, rows)
+    head.out_features = rows
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "vocab_size"):
+            config.vocab_size = rows
+
+
+def _grown(matrix: nn.Parameter, rows: int) -> nn.Parameter:
+    extra = matrix.new_zeros(rows - matrix.shape[0], matrix.shape[1])
+    return nn.Parameter(torch.cat([matrix.detach(), extra]))
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]

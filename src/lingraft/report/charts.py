@@ -1,0 +1,287 @@
+"""Geometry of the charts: numbers in, pixel positions and labels out. `macros.html.j2` draws them as SVG.
+
+Charts are drawn in a narrow viewBox (pixels at scale 1), so that their text stays readable when a phone shows
+them at full width; wider pages put several side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lingraft.report.numbers import count, decimals, interval, is_number, percent, percent_interval
+
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 12, 12, 26
+DODGE = 5.0  # pixels between lines at one step, so that whiskers don't hide each other
+MAX_STEP_LABELS = 10
+MAX_LOSS_POINTS = 120
+SHARE_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+BAR_WIDTH, BAR_LEFT, BAR_RIGHT = 400, 4.0, 346.0  # the rest of the width is for the written values
+BAR_NAME_HEIGHT, BAR_PITCH, BAR_GAP = 24.0, 17.0, 10.0
+
+Ends = tuple[float, float]  # of an interval, low then high
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear map from values in [low, high] to pixels in [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def pixel(self, value: float) -> float:
+        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+
+    def pixels(self, ends: Ends | None) -> Ends | None:
+        return None if ends is None else (self.pixel(ends[0]), self.pixel(ends[1]))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value, or a mark in pixels; `ends` are those of its interval, where it has one."""
+
+    x: float
+    y: float
+    title: str
+    ends: Ends | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one line; `style` is its CSS class: colour for the language, dash for the set."""
+
+    name: str
+    style: str
+    points: list[Point]
+
+    @property
+    def path(self) -> str:
+        """The SVG path through the points."""
+        return "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in self.points)
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """A line chart in pixels; `left`, `right`, `top`, `bottom` bound the plotting area."""
+
+    title: str
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[Series]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """What is drawn of one set: `measured` holds (step's title, its numbers), in the steps' order."""
+
+    name: str
+    style: str
+    measured: Sequence[tuple[str, dict]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One horizontal bar in pixels, with its written value."""
+
+    style: str
+    y: float
+    end: float
+    ends: Ends | None
+    label: str
+    title: str
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """The bars of one question set: `top` is the baseline of its name, `chance` where guessing would end."""
+
+    name: str
+    top: float
+    chance: float | None
+    bars: list[Bar]
+
+
+@dataclass(frozen=True)
+class BarChart:
+    title: str
+    width: int
+    height: int
+    left: float
+    bottom: float
+    x_ticks: list[Tick]
+    groups: list[BarGroup]
+
+
+def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
+    """About `target` round numbers (steps of 1, 2 or 5 × a power of ten) that enclose [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / target))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= target)
+    # The small shifts keep a bound that is a tick already from gaining another step by rounding.
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
+
+
+def line_chart(
+    title: str, series: Sequence[Series], step_labels: Sequence[str], *, as_percent: bool = False
+) -> LineChart | None:
+    """Values by step with whiskers, or None where nothing was measured.
+
+    The points' x are indices into `step_labels`. With `as_percent` y is a share and its axis runs from 0 to
+    100 %.
+    """
+    if not any(line.points for line in series):
+        return None
+    # Half a step of air on both sides keeps the first and last labels inside the picture.
+    x_bounds = (-0.5, len(step_labels) - 0.5)
+    stride = math.ceil(len(step_labels) / MAX_STEP_LABELS)
+    x_ticks = [Tick(index, label) for index, label in enumerate(step_labels) if index % stride == 0]
+    shares = [Tick(share, percent(share, 0)) for share in SHARE_TICKS]
+    y_ticks = shares if as_percent else _number_ticks(series)
+    return _draw(title, series, x_bounds, x_ticks, y_ticks, width=400, height=240, dodge=DODGE)
+
+
+def loss_chart(title: str, pairs: Sequence[Sequence[float]]) -> LineChart | None:
+    """The loss curve of one stage on its own scale, or None where nothing finite was logged."""
+    points = [Point(step, loss, f"step {count(step)}: loss {decimals(loss)}") for step, loss in thin(pairs)]
+    if not points:
+        return None
+    series = [Series("loss", "loss", points)]
+    first, last = points[0].x, max(points[-1].x, points[0].x + 1)
+    whole = (x for x in nice_ticks(first, last, 4) if first <= x <= last and x == int(x))
+    x_ticks = [Tick(x, count(x)) for x in whole]
+    return _draw(title, series, (first, last), x_ticks, _number_ticks(series), width=300, height=170, dodge=0)
+
+
+def _number_ticks(series: Sequence[Series]) -> list[Tick]:
+    """Ticks around every value and whisker, with as many decimals as the step between them needs."""
+    points = [point for line in series for point in line.points]
+    values = [value for point in points for value in (point.y, *(point.ends or ()))]
+    ticks = nice_ticks(min(values), max(values))
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return [Tick(tick, decimals(tick, digits)) for tick in ticks]
+
+
+def _draw(
+    title: str,
+    series: Sequence[Series],
+    x_bounds: Ends,
+    x_ticks: Sequence[Tick],
+    y_ticks: Sequence[Tick],
+    *,
+    width: int,
+    height: int,
+    dodge: float,
+) -> LineChart:
+    """Everything from values to pixels; neighbouring lines stand `dodge` pixels apart."""
+    left, right, top, bottom = MARGIN_LEFT, width - MARGIN_RIGHT, MARGIN_TOP, height - MARGIN_BOTTOM
+    x_axis = Axis(*x_bounds, left, right)
+    y_axis = Axis(y_ticks[0].at, y_ticks[-1].at, bottom, top)
+    shown = [line for line in series if line.points]
+    lines = []
+    for index, line in enumerate(shown):
+        shift = dodge * (index - (len(shown) - 1) / 2)
+        marks = [
+            Point(x_axis.pixel(p.x) + shift, y_axis.pixel(p.y), p.title, y_axis.pixels(p.ends)) for p in line.points
+        ]
+        lines.append(Series(line.name, line.style, marks))
+    return LineChart(
+        title=title,
+        width=width,
+        height=height,
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        x_ticks=[Tick(x_axis.pixel(tick.at), tick.label) for tick in x_ticks],
+        y_ticks=[Tick(y_axis.pixel(tick.at), tick.label) for tick in y_ticks],
+        lines=lines,
+    )
+
+
+def thin(pairs: Sequence[Sequence[float]], limit: int = MAX_LOSS_POINTS) -> list[tuple[float, float]]:
+    """(step, loss) pairs without NaN, averaged over equal runs of steps down to at most `limit` pairs."""
+    finite = [(pair[0], pair[1]) for pair in pairs if is_number(pair[0]) and is_number(pair[1])]
+    run = math.ceil(len(finite) / limit) or 1
+    runs = [finite[start : start + run] for start in range(0, len(finite), run)]
+    return [(sum(step for step, _ in r) / len(r), sum(loss for _, loss in r) / len(r)) for r in runs]
+
+
+def _ends(numbers: dict) -> Ends | None:
+    low, high = numbers.get("low"), numbers.get("high")
+    return (low, high) if is_number(low) and is_number(high) else None
+
+
+def bits_series(name: str, style: str, measured: Sequence[tuple[str, dict]]) -> Series:
+    """Bits per byte of one language; `measured` holds each step's (title, numbers), {} where not measured."""
+    points = []
+    for index, (step, numbers) in enumerate(measured):
+        value, ends = numbers.get("bits_per_byte"), _ends(numbers)
+        if is_number(value):
+            written = f" ({interval(*ends)})" if ends else ""
+            points.append(Point(index, value, f"{step}, {name}: {decimals(value)}{written}", ends))
+    return Series(name, style, points)
+
+
+def _accuracy_title(name: str, step: str, numbers: dict) -> str:
+    ends = _ends(numbers)
+    written = f" ({percent_interval(*ends)})" if ends else ""
+    of = f"{count(numbers.get('correct'))} of {count(numbers.get('total'))}"
+    return f"{step}, {name}: {percent(numbers['accuracy'])}{written}, {of}"
+
+
+def accuracy_series(questions: QuestionSet) -> Series:
+    """Accuracy of one question set by step; steps at which it was not measured are left out."""
+    points = [
+        Point(index, numbers["accuracy"], _accuracy_title(questions.name, step, numbers), _ends(numbers))
+        for index, (step, numbers) in enumerate(questions.measured)
+        if is_number(numbers.get("accuracy"))
+    ]
+    return Series(questions.name, questions.style, points)
+
+
+def bar_chart(title: str, sets: Sequence[QuestionSet]) -> BarChart | None:
+    """Accuracy bars from 0 to 100 %, each set's last one strong, the others pale; None without sets."""
+    if not sets:
+        return None
+    axis = Axis(0, 1, BAR_LEFT, BAR_RIGHT)
+    top = 0.0
+    groups = []
+    for questions in sets:
+        bars = []
+        for index, (step, numbers) in enumerate(questions.measured):
+            accuracy = numbers.get("accuracy")
+            if not is_number(accuracy):
+                continue
+            shade = "strong" if index == len(questions.measured) - 1 else "pale"
+            bars.append(
+                Bar(
+                    style=f"{questions.style} {shade}",
+                    y=top + BAR_NAME_HEIGHT + BAR_PITCH * index,
+                    end=axis.pixel(accuracy),
+                    ends=axis.pixels(_ends(numbers)),
+                    label=percent(accuracy),
+                    title=_accuracy_title(questions.name, step, numbers),
+                )
+            )
+        chance = questions.measured[-1][1].get("chance")
+        groups.append(BarGroup(questions.name, top + 14, axis.pixel(chance) if is_number(chance) else None, bars))
+        top += BAR_NAME_HEIGHT + BAR_PITCH * len(questions.measured) + BAR_GAP
+    ticks = [Tick(axis.pixel(share), percent(share, 0)) for share in SHARE_TICKS]
+    return BarChart(title, BAR_WIDTH, int(top + 22), BAR_LEFT, top, ticks, groups)

@@ -1,0 +1,86 @@
+"""Where the base model comes from: a folder, the hub, or another recipe's finished run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lingraft.artifact import Hashes, key_of
+from lingraft.errors import ModelError
+from lingraft.recipe import Recipe
+
+WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja"]
+
+
+class HubUnreachable(ModelError):
+    """The base is a hub repository, and neither the hub nor a cached copy is at hand."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint folder to start from; `key` changes when its content does."""
+
+    folder: Path
+    key: str
+    label: str
+
+
+def cache_folder() -> Path:
+    """Where results that several runs share are kept: `LINGRAFT_CACHE`, or `~/.cache/lingraft`."""
+    named = os.environ.get("LINGRAFT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lingraft"
+
+
+def from_folder_or_hub(recipe: Recipe, hashes: Hashes, weights: bool = True) -> Base:
+    """The base named by `base.model`: a local folder where one exists, else a hub repository.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be fetched.
+    """
+    name = recipe.base.model or ""
+    local = recipe.path(name)
+    if local.is_dir():
+        files = [p for pattern in WANTED for p in local.glob(pattern)]
+        return Base(local, key_of(files=hashes.files(files)), name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"base.model: no such folder {local}; give a model folder or a hub id such as google/gemma-3-270m"
+        )
+    folder = fetch(name, recipe.base.revision, weights)
+    return Base(folder, key_of(repository=name, commit=folder.name), name)
+
+
+def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:
+    """Download a hub repository's configs and tokenizer, and its safetensors if wanted (or find them in the cache).
+
+    Raises:
+        ModelError: unknown, gated, or out of reach, with the cure.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED if weights else WANTED[1:]))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"base.model: {repository} asks you to accept its licence: open https://huggingface.co/{repository}, "
+            "accept, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"base.model: no folder and no public repository named {repository}; check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise HubUnreachable(
+            f"base.model: {repository} is not a local folder, and the hub can't be reached; "
+            "download it where there is a network and set base.model to its folder"
+        ) from error

@@ -1,0 +1,130 @@
+"""Step 3: give the base model the grafted vocabulary: rows for every new token, the old ones untouched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lingraft.artifact import Hashes
+from lingraft.embeddings.parts import Parts, find_parts, first_translation
+from lingraft.embeddings.rules import RULES, calibrate_norm, median_norm
+from lingraft.errors import CorpusError
+from lingraft.model import load as models
+from lingraft.model.fingerprint import differences, fingerprint
+from lingraft.recipe import Dictionary, Recipe
+from lingraft.steps.context import Context
+from lingraft.tokenizer.graft import GraftedPiece, read_graft
+from lingraft.tokenizer.load import load as load_tokenizer
+from lingraft.tokenizer.pieces import to_bytes
+
+ROWS_MULTIPLE = 64
+
+
+def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
+    """Write the grafted checkpoint into `out`; returns statistics by method."""
+    settings = context.recipe.embeddings
+    base_folder = context.base.folder
+    model = models.load(base_folder, remote_code=context.recipe.base.trust_remote_code)
+    tokens = read_graft(context.tokenizer)
+    ids = [token.id for token in tokens]
+    parts = parts_of(context.recipe, base_folder, tokens)
+
+    old_rows = models.input_matrix(model).detach()
+    if settings.tie == "untie" and models.output_matrix(model) is models.input_matrix(model):
+        models.untie(model)
+    before = fingerprint(model, ids)
+    rows_before = old_rows.shape[0]
+    if max(ids) >= rows_before:
+        models.resize(model, -(-(max(ids) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+
+    part_ids, lengths = [p.ids for p in parts], [p.lengths for p in parts]
+    new_input = RULES[settings.input](old_rows, part_ids, lengths)
+    if settings.calibrate_norm:
+        used = sorted({i for p in parts for i in p.ids})
+        new_input = calibrate_norm(new_input, median_norm(old_rows, used))
+    tied = models.output_matrix(model) is models.input_matrix(model)
+    with torch.no_grad():
+        if not tied:
+            new_output = RULES[settings.output](old_rows_of_head(model, rows_before), part_ids, lengths)
+            models.output_matrix(model)[ids] = new_output.to(old_rows.dtype)
+        models.input_matrix(model)[ids] = new_input.to(old_rows.dtype)
+
+    frozen = {name for name in before if not name.endswith("[new rows]")}
+    changed = differences(before, _same_rows(model, ids, rows_before)) & frozen
+    assert not changed, f"the graft changed what it must not: {sorted(changed)}"
+    models.save(model, out, companions=base_folder)
+    models.copy_companions(context.tokenizer, out)
+    origins = Counter(part.origin for part in parts)
+    return {
+        "rows_before": rows_before,
+        "rows_after": models.input_matrix(model).shape[0],
+        "tied": tied,
+        "input": {_method(settings.input, origin): count for origin, count in origins.items()},
+        "output": {_method("as input (tied)" if tied else settings.output, o): c for o, c in origins.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
+    """Hash of the dictionary file, if there is one."""
+    dictionary = recipe.embeddings.dictionary
+    if dictionary is None or dictionary.path is None:
+        return {}
+    path = recipe.path(dictionary.path)
+    if not path.is_file():
+        raise CorpusError(f"embeddings.dictionary.path: no such file {path}; paths are relative to the recipe")
+    return {"dictionary": hashes.file(path)}
+
+
+def old_rows_of_head(model: Any, rows: int) -> torch.Tensor:
+    """The first `rows` rows of the output matrix: those of the old vocabulary."""
+    return models.output_matrix(model).detach()[:rows]
+
+
+def parts_of(recipe: Recipe, base_folder: Path, tokens: list[GraftedPiece]) -> list[Parts]:
+    """What each new token is made of in the old vocabulary, dictionary included."""
+    base = load_tokenizer(base_folder)
+    pairs = dictionary_pairs(recipe, recipe.embeddings.dictionary) if recipe.embeddings.dictionary else []
+    return find_parts(
+        [token.piece for token in tokens],
+        [token.base_ids for token in tokens],
+        first_translation(pairs),
+        lambda text: base.encode([text])[0],
+        lambda token_id: len(to_bytes(base.piece_of[token_id], base.kind)),
+    )
+
+
+def dictionary_pairs(recipe: Recipe, dictionary: Dictionary) -> list[tuple[str, str]]:
+    """(target term, old-language term) pairs of the recipe's bilingual dictionary."""
+    if dictionary.miniature:
+        from lingraft.miniature import dictionary as miniature_dictionary
+
+        return miniature_dictionary()
+    from lingraft.corpus.terms import read_dictionary
+
+    target, old = recipe.languages.target, recipe.languages.old
+    return read_dictionary(
+        recipe.path(dictionary.path or ""),
+        dictionary.target_column or target,
+        dictionary.old_column or old,
+        "embeddings.dictionary",
+    )
+
+
+def _same_rows(model: Any, ids: list[int], rows: int) -> dict[str, str]:
+    """Fingerprint of the grafted model with its vocabulary cut back to the rows it had before."""
+    full_input, full_output = models.input_matrix(model), models.output_matrix(model)
+    cut = torch.nn.Parameter(full_input.detach()[:rows])
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.weight = cut
+    head.weight = cut if full_output is full_input else torch.nn.Parameter(full_output.detach()[:rows])
+    prints = fingerprint(model, [i for i in ids if i < rows])
+    embedding.weight, head.weight = full_input, full_output
+    return prints
+
+
+def _method(rule: str, origin: str) -> str:
+    return f"{rule} of the translation" if origin == "dictionary" else rule

@@ -1,0 +1,109 @@
+"""Collect what the steps' manifests say into the data that the report page shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lingraft.languages import LANGUAGE_NAMES
+from lingraft.recipe import dump
+from lingraft.steps.context import grafted_pieces
+
+if TYPE_CHECKING:
+    from lingraft.pipeline import Plan
+
+EXAMPLES = 60
+
+
+def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: str) -> dict[str, Any]:
+    """The report's data: the schema is that of `lingraft.report`."""
+    from lingraft.evaluation.scoreboard import alarms
+    from lingraft.pipeline import stage_entries, versions
+
+    recipe = plan.recipe
+    done = {step.name: plan.manifest(step.name) for step in plan.steps if plan.state(step) == "done"}
+    results = {name: manifest["results"] for name, manifest in done.items() if manifest}
+    stages = [(s, results[s.name]) for s in stage_entries(plan.steps) if s.name in results]
+    embeddings = results.get("03-embeddings")
+    base_alarms = alarms(entries[0], recipe.languages.old) if entries and entries[0]["step"] == "00-base" else []
+    manifests = [m for m in done.values() if m]
+    return {
+        "name": recipe.name,
+        "miniature": recipe.miniature,
+        "created": max((m["started"] for m in manifests), default=None),
+        "lingraft_version": versions()["lingraft"],
+        "state": state,
+        "state_detail": _gate_detail(entries) if state == "stopped by a gate" else "",
+        "seconds": sum(m["seconds"] for m in manifests),
+        "peak_memory_gb": max((r["peak_memory_gb"] for _, r in stages), default=None),
+        "languages": recipe.languages.model_dump(),
+        "language_names": {code: LANGUAGE_NAMES.get(code, code) for code in recipe.languages.model_dump().values()},
+        "base": {"model": plan.base.label},
+        "final": {
+            "path": str(plan.run / "model"),
+            "parameters": embeddings["parameters"] if embeddings else None,
+            "tied": embeddings["tied"] if embeddings else None,
+        },
+        "alarms": [line for line in base_alarms if line.startswith("alarm")],
+        "notes": [line for line in base_alarms if not line.startswith("alarm")] + plan.collapsed,
+        "scoreboard": entries,
+        "tokenizer": _tokenizer(plan, results.get("02-tokenizer")),
+        "embeddings": {k: embeddings[k] for k in ("input", "output")} if embeddings else None,
+        "stages": [
+            result
+            | {
+                "name": step.name,
+                "title": f"{step.stage_index} {step.stage.name}" if step.stage else step.title,
+            }
+            | {"changed_tensors": len(result["changed_tensors"])}
+            for step, result in stages
+        ],
+        "corpus": _corpus(plan, results.get("01-corpus")),
+        "recipe_yaml": dump(recipe),
+        "versions": versions(),
+        "command": command or next((m["command"] for m in manifests if m["command"]), ""),
+        "seed": recipe.seed,
+    }
+
+
+def _tokenizer(plan: Plan, result: dict[str, Any] | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    routes = [
+        f"{count:,} {words}"
+        for count, words in ((result["reused_slots"], "in unused slots"), (result["appended"], "appended"))
+        if count
+    ]
+    pieces = grafted_pieces(plan.run / "02-tokenizer")
+    every = max(1, len(pieces) // EXAMPLES)
+    return result | {
+        "route": ", ".join(routes),
+        "examples": [
+            {"piece": p.piece, "id": p.id, "count": p.count, "decomposition": p.base_pieces}
+            for p in pieces[::every][:EXAMPLES]
+        ],
+    }
+
+
+def _corpus(plan: Plan, result: dict[str, Any] | None) -> dict[str, Any] | None:
+    if result is None:
+        return None
+    languages = {source.name: source.language for source in plan.recipe.corpus.sources}
+    return {
+        "sources": [
+            {
+                "name": name + (" (sampled from the base itself)" if name in result["replayed_from_base"] else ""),
+                "language": languages[name],
+                "documents": counts["train"]["documents"],
+                "held_out": counts["held_out"]["documents"],
+                "bytes": counts["train"]["bytes"],
+                "dropped": counts["dropped"],
+            }
+            for name, counts in result["sources"].items()
+        ]
+    }
+
+
+def _gate_detail(entries: list[dict[str, Any]]) -> str:
+    last = entries[-1]
+    checks = [c for c in (last["gate"] or {"checks": []})["checks"] if not c["passed"]]
+    return f"{last['title']}: " + "; ".join(f"{c['name']} {c['value']:+.4f}, allowed {c['limit']:+.4f}" for c in checks)

@@ -1,0 +1,171 @@
+"""Step 4 and on: one training stage, from the folder before it to a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lingraft.artifact import write_json
+from lingraft.corpus.build import read_documents
+from lingraft.errors import CorpusError
+from lingraft.families import family
+from lingraft.model.load import load_tokenizer, read_config
+from lingraft.prompts import encode_chat
+from lingraft.recipe import Recipe, Stage
+from lingraft.steps.context import Context, new_token_ids
+from lingraft.training.batches import Batches, Encoded
+from lingraft.training.settings import LoraSettings, StageSettings
+from lingraft.training.stage import run_stage
+
+LOGGED_POINTS = 400
+ENCODED_AT_ONCE = 1000
+
+
+def run(context: Context, stage: Stage, index: int, source: Path, out: Path, work: Path) -> dict[str, Any]:
+    """Train the stage; returns its log and proofs for the manifest."""
+    recipe = context.recipe
+    settings = stage_settings(recipe, stage, index, source)
+    new_ids = new_token_ids(source)
+    result = run_stage(
+        source,
+        out,
+        work,
+        settings,
+        lambda: make_batches(context, stage, settings, source),
+        new_ids,
+        recipe.base.trust_remote_code,
+    )
+    log = result.loop.log
+    write_json(out / "log.json", log)
+    every = max(1, len(log) // LOGGED_POINTS)
+    return {
+        "trains": settings.trains,
+        "trainable": result.trainable,
+        "parameters": sum(result.trainable.values()),
+        "learning_rate": settings.learning_rate,
+        "tokens": result.loop.tokens,
+        "steps": result.loop.steps,
+        "seconds": result.loop.seconds,
+        "tokens_per_second": result.loop.tokens / max(result.loop.seconds, 1e-9),
+        "peak_memory_gb": result.loop.peak_memory_gb,
+        "loss": [[entry["step"], entry["loss"]] for entry in log[::every]],
+        "first_loss": log[0]["loss"],
+        "last_loss": float(np.mean([entry["loss"] for entry in log[-10:]])),
+        "changed_tensors": result.changed,
+        "unchanged_tensors": result.unchanged,
+    }
+
+
+def stage_settings(recipe: Recipe, stage: Stage, index: int, source: Path) -> StageSettings:
+    """The stage as the training loop wants it; projections by default those of the model's family."""
+    lora = None
+    if stage.lora:
+        default = family(read_config(source).model_type).projections
+        lora = LoraSettings(
+            r=stage.lora.r,
+            alpha=stage.lora.alpha,
+            dropout=stage.lora.dropout,
+            rank_stabilised=stage.lora.rank_stabilised,
+            targets=tuple(stage.lora.targets or default),
+            quantise=stage.lora.quantise,
+        )
+    return StageSettings(
+        name=stage.name,
+        input_rows=stage.train.input_rows,
+        output_rows=stage.train.output_rows,
+        layers=stage.train.layers,
+        lora=lora,
+        learning_rate=stage.learning_rate,
+        embedding_learning_rate=stage.embedding_learning_rate,
+        batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation_steps,
+        precision=stage.precision,
+        warmup=stage.warmup,
+        schedule=stage.schedule,
+        weight_decay=stage.weight_decay,
+        betas=stage.betas,
+        clip=stage.clip,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        checkpoint_seconds=stage.checkpoint_seconds,
+        seed=recipe.seed * 1000 + index,
+    )
+
+
+def make_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> Batches:
+    """Tokenise the stage's documents with the folder's tokenizer and lay out its batches."""
+    recipe = context.recipe
+    groups = {
+        key: [
+            document
+            for source in sources
+            for document in encoded(context.corpus, source.name, folder, stage.sequence_length)
+        ]
+        for key, sources in recipe.sources_for(stage).items()
+    }
+    for key, documents in groups.items():
+        if not documents:
+            raise CorpusError(
+                f"stage {stage.name}: nothing to train on from {key!r}: every document of it is longer than "
+                f"sequence_length {stage.sequence_length}, or it has none; raise sequence_length or change data"
+            )
+    tokenizer = load_tokenizer(folder)
+    pad = tokenizer.pad_token_id
+    return Batches(
+        groups,
+        recipe.stage_data(stage),
+        sequence_length=stage.sequence_length,
+        batch_size=stage.batch_size,
+        rows_per_step=stage.batch_size * stage.gradient_accumulation_steps,
+        pad=0 if pad is None else pad,
+        bos=tokenizer.bos_token_id,
+        seed=settings.seed,
+        budget_tokens=stage.tokens,
+        epochs=stage.epochs,
+    )
+
+
+def encoded(corpus: Path, source: str, folder: Path, sequence_length: int) -> list[Encoded]:
+    """A source's training documents as tokens. A chat that is longer than a row is left out, never cut."""
+    tokenizer_file = folder / "tokenizer.json"
+    documents = _encoded(corpus, source, folder, tokenizer_file.stat().st_mtime_ns)
+    return [d for d in documents if len(d) <= sequence_length or not d.origin.endswith(CHAT)]
+
+
+CHAT = " (chat)"
+
+
+@lru_cache(maxsize=32)  # consecutive stages read the same documents with the same tokenizer
+def _encoded(corpus: Path, source: str, folder: Path, stamp: int) -> list[Encoded]:
+    return list(_encode(corpus, source, load_tokenizer(folder)))
+
+
+def _encode(corpus: Path, source: str, tokenizer: Any) -> Iterator[Encoded]:
+    waiting: list[dict[str, Any]] = []
+    for document in read_documents(corpus, "train", source):
+        if "messages" in document:
+            ids, learnt = encode_chat(tokenizer, document["messages"])
+            yield Encoded(np.array(ids, np.int32), np.array(learnt), document["id"] + CHAT)
+            continue
+        waiting.append(document)
+        if len(waiting) == ENCODED_AT_ONCE:
+            yield from _encode_texts(waiting, tokenizer)
+            waiting = []
+    yield from _encode_texts(waiting, tokenizer)
+
+
+def _encode_texts(documents: list[dict[str, Any]], tokenizer: Any) -> Iterator[Encoded]:
+    """BOS + text + EOS, as far as the tokenizer has them; everything after BOS is learnt."""
+    if not documents:
+        return
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = [document["text"] for document in documents]
+    for document, ids in zip(documents, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        whole = [*head, *ids, *tail]
+        learnt = np.ones(len(whole), bool)
+        learnt[: len(head)] = False
+        yield Encoded(np.array(whole, np.int32), learnt, document["id"])

@@ -1,0 +1,218 @@
+"""The training loop, the only one: read → loss → clip → step → log → save.
+
+Every method is a choice of trainable parameters, data and loss for this loop. The gradient of an optimiser step is
+the mean over all tokens that the step learns, however they are split into micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lingraft.errors import TrainingError
+from lingraft.progress import bar
+from lingraft.training import checkpoint
+from lingraft.training.batches import IGNORED, Batches, MicroBatch
+from lingraft.training.settings import StageSettings
+
+WATCH_AFTER_STEPS = 20
+
+
+@dataclass
+class LoopResult:
+    """What the loop saw: one log entry a step, and its speed."""
+
+    log: list[dict[str, float]]
+    steps: int
+    tokens: int
+    seconds: float
+    peak_memory_gb: float
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """The factor on the peak learning rate at `step` of `steps`: linear warm-up, then the schedule down to 0."""
+    warm = math.ceil(steps * warmup)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(steps - warm, 1)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+def train(
+    loss_model: nn.Module,
+    groups: list[dict[str, Any]],
+    parameters: Mapping[str, nn.Parameter],
+    batches: Batches,
+    settings: StageSettings,
+    work: Path,
+    accelerator: Accelerator,
+) -> LoopResult:
+    """Train `parameters` through `loss_model` over `batches`, going on from the newest checkpoint in `work`.
+
+    Args:
+        loss_model: maps a micro-batch to the summed loss over its learnt tokens.
+        groups: optimiser groups (`params`, `lr`, `weight_decay`, `name`).
+    Raises:
+        TrainingError: the loss is not finite or explodes; names the step and the documents.
+        KeyboardInterrupt: after a signal, once the step's checkpoint is written.
+    """
+    optimizer: Any = torch.optim.AdamW(groups, betas=settings.betas)
+    loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        group["peak_lr"] = group["lr"]
+    first = checkpoint.resume(work, parameters, inner)
+    log = _read_log(work / "log.jsonl", first)
+    bf16 = settings.precision == "bf16"
+    watch = _Watch([entry["loss"] for entry in log], settings.name)
+    begin = last_saved = time.monotonic()
+    loss_model.train()
+    with (
+        _stop_signals() as stopped,
+        open(work / "log.jsonl", "a", encoding="utf-8") as log_file,
+        bar(settings.name, total=batches.tokens, unit="tokens") as tick,
+    ):
+        tick(sum(entry["tokens"] for entry in log))
+        for step in range(first, len(batches)):
+            factor = learning_rate_factor(step, len(batches), settings.warmup, settings.schedule)
+            for group in inner.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            micro_batches = batches.step(step)
+            loss = _accumulate(loss_model, _share(micro_batches, accelerator), accelerator, bf16)
+            norm = float(accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], settings.clip))
+            watch.check(step, loss, norm, micro_batches)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            tokens = sum(m.input_ids_BT.numel() for m in micro_batches)
+            entry = {
+                "step": step,
+                "loss": loss,
+                "lr": settings.learning_rate * factor,
+                "norm": norm,
+                "tokens": tokens,
+            }
+            log.append(entry)
+            log_file.write(json.dumps(entry) + "\n")
+            tick(tokens, loss=loss)
+            now = time.monotonic()
+            if step + 1 < len(batches) and (stopped or now - last_saved > settings.checkpoint_seconds):
+                log_file.flush()
+                checkpoint.save(work, step + 1, parameters, inner)
+                last_saved = now
+            if stopped:
+                raise KeyboardInterrupt
+    trained = int(sum(entry["tokens"] for entry in log))
+    return LoopResult(log, len(batches), trained, time.monotonic() - begin, peak_memory_gb())
+
+
+def _accumulate(loss_model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator, bf16: bool) -> float:
+    """Backward over all micro-batches of a step; returns the mean loss per learnt token over all processes."""
+    device = accelerator.device
+    learnt = torch.tensor(sum(m.tokens for m in micro_batches), dtype=torch.float64, device=device)
+    learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(loss_model):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_model(
+                    batch.input_ids_BT.to(device),
+                    batch.labels_BT.to(device),
+                    batch.position_ids_BT.to(device),
+                )
+            # DDP averages gradients over processes; the sum over them is wanted
+            accelerator.backward(loss * (accelerator.num_processes / learnt.item()))
+        total += loss.detach()
+    return float(accelerator.reduce(total, "sum") / learnt)
+
+
+def _share(micro_batches: list[MicroBatch], accelerator: Accelerator) -> list[MicroBatch]:
+    """This process's part of a step; all processes get equally many, the last ones filled up with unlearnt copies."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    mine = micro_batches[rank::world]
+    if len(mine) < math.ceil(len(micro_batches) / world):
+        first = micro_batches[0]
+        silent = torch.full_like(first.labels_BT, IGNORED)
+        mine.append(MicroBatch(first.input_ids_BT, silent, first.position_ids_BT, ()))
+    return mine
+
+
+class _Watch:
+    """Stops a stage whose loss is not finite or explodes, and says at which step and on which documents."""
+
+    def __init__(self, losses: list[float], stage: str) -> None:
+        self.average: float | None = None
+        self.seen = 0
+        self.stage = stage
+        for loss in losses:
+            self._add(loss)
+
+    def _add(self, loss: float) -> None:
+        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
+        self.seen += 1
+
+    def check(self, step: int, loss: float, norm: float, micro_batches: list[MicroBatch]) -> None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._error(step, f"the loss is {loss}, the gradient norm {norm}", micro_batches)
+        if self.average is not None and self.seen >= WATCH_AFTER_STEPS and loss > 2 * self.average + 2:
+            raise self._error(step, f"the loss jumped from about {self.average:.2f} to {loss:.2f}", micro_batches)
+        self._add(loss)
+
+    def _error(self, step: int, what: str, micro_batches: list[MicroBatch]) -> TrainingError:
+        documents = list(dict.fromkeys(o for m in micro_batches for o in m.origins))
+        shown = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
+        return TrainingError(
+            f"stage {self.stage}, step {step + 1}: {what}; the step read {shown}; "
+            "lower learning_rate or look at these documents; finished steps and stages are kept"
+        )
+
+
+def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
+    """The log's first `steps` entries; later ones (written after the checkpoint we resume from) are cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a step is never torn; a second signal stops at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook's worker): signals are not ours to take
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory so far: the GPU's where there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

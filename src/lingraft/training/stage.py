@@ -1,0 +1,171 @@
+"""One stage from checkpoint folder to checkpoint folder, with the proof of what it changed.
+
+load → choose what trains → loop → write back → hash every tensor → save. A tensor (or part of a vocabulary matrix)
+that the stage does not train must have the hash it had before, or the stage fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lingraft.model.fingerprint import body_parameters, differences, expected_changes, fingerprint
+from lingraft.model.load import DTYPES, input_matrix, load, output_matrix, save, to_device
+from lingraft.model.lora import add_lora, lora_parameters, merge, take_off, target_modules
+from lingraft.model.rows import TrainableRows, VocabularyTraining
+from lingraft.training.batches import Batches
+from lingraft.training.loop import LoopResult, train
+from lingraft.training.loss import NextTokenLoss
+from lingraft.training.settings import StageSettings
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did: the loop's log, and how many tensors changed and were proven unchanged."""
+
+    loop: LoopResult
+    trainable: dict[str, int]
+    changed: list[str]
+    unchanged: int
+
+
+def run_stage(
+    source: Path,
+    out: Path,
+    work: Path,
+    settings: StageSettings,
+    batches: Callable[[], Batches],
+    new_ids: list[int],
+    remote_code: bool = False,
+) -> StageResult:
+    """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
+
+    Args:
+        work: holds the stage's own checkpoints; a killed stage goes on from there.
+        batches: makes the stage's batches (called once).
+        new_ids: ids of the grafted tokens, whose rows are the "new" rows.
+    Raises:
+        TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
+    """
+    torch.manual_seed(settings.seed)
+    accelerator = Accelerator()
+    quantise = settings.lora.quantise if settings.lora else "none"
+    stored = load(source, remote_code=remote_code)
+    before = fingerprint(stored, new_ids)
+    dtype = DTYPES[settings.precision]
+    in_place = quantise == "none" and all(p.dtype == dtype for p in stored.parameters())
+    model = stored if in_place else load(source, dtype, quantise, remote_code)
+    del stored
+    if quantise == "none":
+        to_device(model, accelerator.device)
+
+    trained = _Trained(model, settings, new_ids)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loop = train(NextTokenLoss(model), trained.groups(), trained.parameters, batches(), settings, work, accelerator)
+    model.gradient_checkpointing_disable()
+    accelerator.free_memory()
+    trainable = trained.sizes()
+    changes = trained.finish()
+    if in_place:
+        final = to_device(model, "cpu")
+    else:
+        del model, trained
+        final = load(source, remote_code=remote_code)
+    changes.apply(final)
+
+    after = fingerprint(final, new_ids)
+    changed = differences(before, after)
+    targets = target_modules(final, settings.lora.targets) if settings.lora else []
+    allowed = expected_changes(final, settings.input_rows, settings.output_rows, settings.layers, targets)
+    assert changed <= allowed, f"stage {settings.name} changed frozen tensors: {sorted(changed - allowed)}"
+    save(final, out, companions=source)
+    return StageResult(loop, trainable, sorted(changed), len(after) - len(changed))
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """Everything a stage learnt, apart from the model it was learnt in."""
+
+    input_rows: TrainableRows | None
+    output_rows: TrainableRows | None
+    deltas: dict[str, Tensor]
+    layers: dict[str, nn.Parameter]
+
+    @torch.no_grad()
+    def apply(self, model: PreTrainedModel) -> None:
+        """Write it into a model of the same shape, in the model's own precision."""
+        if self.input_rows is not None:
+            self.input_rows.write_to(input_matrix(model))
+        if self.output_rows is not None:
+            self.output_rows.write_to(output_matrix(model))
+        merge(model, self.deltas)
+        for name, value in self.layers.items():
+            parameter = model.get_parameter(name)
+            parameter.data = value.detach().to(parameter.device, parameter.dtype)
+
+
+class _Trained:
+    """The parameters that a stage trains, put into the model and taken out again."""
+
+    def __init__(self, model: PreTrainedModel, settings: StageSettings, new_ids: list[int]) -> None:
+        self.model, self.settings = model, settings
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if settings.lora:
+            lora = settings.lora
+            add_lora(
+                model,
+                r=lora.r,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                targets=lora.targets,
+                rank_stabilised=lora.rank_stabilised,
+            )
+        self.layers = lora_parameters(model)
+        if settings.layers == "all":
+            self.layers = body_parameters(model)
+            for parameter in self.layers.values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        self.vocabulary = VocabularyTraining(model, settings.input_rows, settings.output_rows, new_ids)
+        self.rows = self.vocabulary.parameters()
+        self.parameters: dict[str, nn.Parameter] = self.rows | self.layers
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups. Weight decay acts on matrices of the layers only: not on rows, norms or biases."""
+        settings = self.settings
+        rows_lr = settings.embedding_learning_rate or settings.learning_rate
+        matrices = [p for p in self.layers.values() if p.dim() > 1]
+        vectors = [p for p in self.layers.values() if p.dim() <= 1]
+        groups = [
+            {"name": "rows", "params": list(self.rows.values()), "lr": rows_lr, "weight_decay": 0.0},
+            {
+                "name": "layers",
+                "params": matrices,
+                "lr": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
+            },
+            {"name": "norms", "params": vectors, "lr": settings.learning_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def sizes(self) -> dict[str, int]:
+        """Numbers of trainable values: in rows, and in layers or adapters."""
+        sizes = {name: values.numel() for name, values in self.rows.items()}
+        layers = sum(p.numel() for p in self.layers.values())
+        return sizes | ({"lora" if self.settings.lora else "layers": layers} if layers else {})
+
+    def finish(self) -> _Changes:
+        """Give the model its plain modules back, and return what was learnt."""
+        self.vocabulary.restore()
+        deltas = take_off(self.model) if self.settings.lora else {}
+        layers = self.layers if self.settings.layers == "all" else {}
+        return _Changes(self.vocabulary.input, self.vocabulary.output, deltas, layers)
