@@ -162,7 +162,12 @@ def test_both_runtimes_agree_on_the_graft(tmp_path: Path, slots: Any) -> None:
     texts = ["가가가 나다", "  가  나\n\n다라", "abc 가b", "", "<unused7>"]
     assert runtime_mismatches(tmp_path / "out", texts) == []
     counts = verify(base, tmp_path / "out", ["abc  d", "é 🙂"], texts)
-    assert counts == {"old_texts": 2, "new_texts": 5, "new_pieces": len(learnt.pieces)}
+    assert counts == {
+        "old_texts": 2,
+        "new_texts": 5,
+        "new_pieces": len(learnt.pieces),
+        "runtimes_disagree_as_before": 0,
+    }
     new = load(tmp_path / "out")
     assert new.vocab["<image_soft_token>"] == base.vocab["<image_soft_token>"] == 273
     assert len(new) == 274 + (len(learnt.pieces) if slots == "append" else 0)

@@ -30,7 +30,7 @@ def fingerprint(model: PreTrainedModel, new_ids: list[int]) -> dict[str, str]:
     if input_matrix(model) is output_matrix(model):
         matrices = {id(input_matrix(model)): "tied"}
     new = torch.zeros(input_matrix(model).shape[0], dtype=torch.bool)
-    new[new_ids] = True
+    new[[i for i in new_ids if i < len(new)]] = True  # before a resize, appended rows are not there yet
     prints: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in matrices:
