@@ -15,3 +15,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set LINGRAFT_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny models' tokenizer."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A tied, tiny Gemma 3 checkpoint."""
+    import tiny
+
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("gemma") / "model", tiny_tokenizer)

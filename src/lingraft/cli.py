@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -200,16 +202,23 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; finished steps are kept, and the same command goes on from there", 130)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        number = _system_errno(error)
+        if number is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}{_cure(error)}", 2)
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        _fail(f"{where}{os.strerror(number)}{_cure(number)}", 2)
 
 
-def _cure(error: OSError) -> str:
-    import errno
+def _system_errno(error: BaseException) -> int | None:
+    """The system's error number behind an exception; safetensors gives it in its message only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
+
+def _cure(number: int) -> str:
     cures = {
         errno.ENOSPC: "; the disk is full: make room and give the same command again, finished steps are kept",
         errno.EDQUOT: "; your disk quota is used up: make room and give the same command again",
@@ -217,7 +226,7 @@ def _cure(error: OSError) -> str:
         errno.EROFS: "; the file system is read-only: choose another --run-dir",
         errno.EACCES: "; you may not read or write there: change its permissions or choose another --run-dir",
     }
-    return cures.get(error.errno or 0, "")
+    return cures.get(number, "")
 
 
 def _fail(message: str, code: int) -> None:

@@ -377,7 +377,7 @@ def _after_measuring(plan: Plan, step: Step) -> None:
         assert step.stage is not None
         raise GateFailed(
             f"gate: stage {step.stage_index} {step.stage.name} cost too much: {failed}. Everything is kept in "
-            f"{plan.run}. Change this stage in the recipe (a lower learning_rate, fewer tokens, more old-language data) "
+            f"{plan.run}. Change this stage in the recipe (a lower learning_rate, fewer tokens, more old text) "
             f"or its gate, and give the same command again: it goes on from stage {step.stage_index}"
         )
     publish_results(plan, "unfinished", "")

@@ -18,6 +18,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lingraft.errors import RecipeError
+from lingraft.evaluation.scoreboard import METRICS, parse_limit
+from lingraft.languages import LANGUAGE_NAMES
 from lingraft.presets import PRESETS
 
 # ---------------------------------------------------------------------------------------------- values
@@ -120,6 +122,7 @@ class Origin(Strict):
     miniature: str | None = None
     column: str | dict[str, str] | None = None
     columns: QuestionColumns = QuestionColumns()
+    scoring: Literal["letter", "cloze"] = "letter"
     encoding: str | None = None
     limit_documents: Count | None = None
 
@@ -349,8 +352,6 @@ def _unknown_data(recipe: Recipe) -> Iterable[str]:
 
 
 def _unknown_gates(recipe: Recipe) -> Iterable[str]:
-    from lingraft.evaluation.scoreboard import parse_limit
-
     languages = (recipe.languages.target, recipe.languages.old)
     for i, stage in enumerate(recipe.stages):
         for key in stage.gate:
@@ -359,7 +360,8 @@ def _unknown_gates(recipe: Recipe) -> Iterable[str]:
             except RecipeError:
                 known = False
             if not known:
-                examples = [f"{lang}_{metric}" for lang in languages for metric in ("bpb_rise", "accuracy_drop")]
+                spelled = (*languages, *(LANGUAGE_NAMES.get(code, code).lower() for code in languages))
+                examples = [f"{lang}_{metric}" for lang in dict.fromkeys(spelled) for metric in METRICS]
                 yield f"stages[{i}].gate.{key}: unknown gate{did_you_mean(key, examples)}; known: {', '.join(examples)}"
 
 

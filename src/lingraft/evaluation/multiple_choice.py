@@ -1,8 +1,12 @@
-"""Multiple choice by letter likelihood: of the letters A, B, … the likeliest one is the model's answer.
+"""Multiple choice by likelihood: of the possible answers the likeliest one is the model's.
 
-Nothing is generated and nothing has to be extracted, so the score neither depends on an answer's wording nor
-on a parser. The tokens are exactly those that training on `encode_chat` sees for the same question and
-letter.
+Two scorings. `letter`: the choices stand in the prompt, and the letters A, B, … are compared. `cloze`: the prompt is
+the question alone, and the choices' texts are compared, each with the token that ends the turn. Small models can't
+bind letters to choices however well they know the answer, so their knowledge only shows in the cloze form (OLMES,
+arXiv 2406.08446, section 3.3). The two are not comparable with each other.
+
+Nothing is generated and nothing has to be extracted, so the score neither depends on an answer's wording nor on a
+parser. The tokens are exactly those that training on `encode_chat` sees for the same question and answer.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +29,9 @@ from lingraft.evaluation.forward import (
     padded,
 )
 from lingraft.progress import bar
-from lingraft.prompts import LETTERS, answer_tokens, encode_prompt, multiple_choice_prompt
+from lingraft.prompts import LETTERS, answer_tokens, encode_chat, encode_prompt, multiple_choice_prompt
+
+Scoring = Literal["letter", "cloze"]
 
 
 class Question(Protocol):
@@ -47,6 +53,7 @@ def multiple_choice(
     questions: Sequence[Question],
     *,
     language: str,
+    scoring: Scoring = "letter",
     batch_tokens: int,
     device: torch.device | str,
 ) -> dict[str, Any]:
@@ -58,19 +65,15 @@ def multiple_choice(
     """
     if not questions:
         raise CorpusError("a question set is empty, so there is nothing to measure; give it questions or remove it")
-    lead, letters = letter_tokens(tokenizer, max(len(q.choices) for q in questions))
-    prompts = [
-        encode_prompt(tokenizer, multiple_choice_prompt(q.question, q.choices, language)) + lead for q in questions
-    ]
-    scores = _letter_scores(
-        model, prompts, letters, batch_tokens=batch_tokens, pad_id=context_id(tokenizer), device=device
-    )
+    score = _by_letter if scoring == "letter" else _by_text
+    scores = score(model, tokenizer, questions, language=language, batch_tokens=batch_tokens, device=device)
     answers = [max(range(len(q.choices)), key=row.__getitem__) for q, row in zip(questions, scores, strict=True)]
     correct = sum(answer == q.answer for answer, q in zip(answers, questions, strict=True))
     low, high = wilson(correct, len(questions))
     chance = sum(1 / len(q.choices) for q in questions) / len(questions)
     return {
         "language": language,
+        "scoring": scoring,
         "accuracy": correct / len(questions),
         "correct": correct,
         "total": len(questions),
@@ -80,6 +83,66 @@ def multiple_choice(
         "at_chance": low <= chance <= high,
         "answers": answers,
     }
+
+
+def _by_letter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    language: str,
+    batch_tokens: int,
+    device: torch.device | str,
+) -> list[list[float]]:
+    """Log-likelihood of each letter after question and choices."""
+    lead, letters = letter_tokens(tokenizer, max(len(q.choices) for q in questions))
+    prompts = [
+        encode_prompt(tokenizer, multiple_choice_prompt(q.question, q.choices, language)) + lead for q in questions
+    ]
+    return _letter_scores(
+        model, prompts, letters, batch_tokens=batch_tokens, pad_id=context_id(tokenizer), device=device
+    )
+
+
+def _by_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    language: str,
+    batch_tokens: int,
+    device: torch.device | str,
+) -> list[list[float]]:
+    """Log-likelihood of each choice's whole text, and of stopping after it, as the answer to the question alone."""
+    pairs = [(number, choice) for number, q in enumerate(questions) for choice in q.choices]
+    encoded = [
+        encode_chat(
+            tokenizer,
+            [{"role": "user", "content": questions[n].question}, {"role": "assistant", "content": choice}],
+        )
+        for n, choice in pairs
+    ]
+    scores: list[list[float]] = [[] for _ in questions]
+    likelihoods = torch.zeros(len(pairs), dtype=torch.float64)
+    pad_id = context_id(tokenizer)
+    with measuring(model), bar("multiple choice", total=len(pairs), unit="answers") as tick:
+        for batch in batches_by_length([len(ids) for ids, _ in encoded], batch_tokens):
+            ids_BT, attention_BT = padded([encoded[i][0] for i in batch], pad_id, device)
+            written_BT, _ = padded([[int(w) for w in encoded[i][1]] for i in batch], 0, device)
+            hidden_BTD = hidden_states(model, ids_BT, attention_BT)
+            predicts_BT = torch.zeros_like(written_BT, dtype=torch.bool)
+            predicts_BT[:, :-1] = written_BT[:, 1:].bool()
+            targets_N = ids_BT[written_BT.bool()]
+            rows_N = torch.arange(len(batch), device=device).unsqueeze(1).expand_as(predicts_BT)[predicts_BT]
+            chunks = logits_in_chunks(model, hidden_BTD[predicts_BT])
+            log_likelihoods = torch.cat([logits.log_softmax(dim=-1) for logits in chunks])
+            picked = log_likelihoods.gather(1, targets_N.unsqueeze(1)).squeeze(1).double()
+            sums = torch.zeros(len(batch), dtype=torch.float64, device=device).index_add(0, rows_N, picked)
+            likelihoods[batch] = sums.cpu()
+            tick(len(batch))
+    for (number, _), likelihood in zip(pairs, likelihoods.tolist(), strict=True):
+        scores[number].append(likelihood)
+    return scores
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -2,8 +2,8 @@
 
 Wrong choices are drawn at random from the terms of the answer's kind, without those that are right for the
 condition or overlap with a right one. "Right" means by the fact table, which lists two symptoms of a
-condition and not all of them. The supply is practically endless: a tiny model needs many draws of the same
-fact to learn what the letters mean.
+condition and not all of them. One phrasing of every fact
+is kept for the test part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lingraft.miniature.world import Fact, Language, World, load
 Part = Literal["train", "test"]
 
 CHOICES = 5
-_TEST_SHARE_INVERSE = 5  # every fifth possible question belongs to the test part
 
 TEMPLATES: dict[Language, dict[str, tuple[str, ...]]] = {
     "en": {
@@ -106,17 +105,14 @@ def questions(
     """Yield `count` five-choice questions that go round all `facts` (default: every fact) in random order.
 
     Each is {"question", "choices" (5 strings), "answer" (index, uniform), "condition" (English),
-    "attribute", "language"}. A question's text and set of choices decide its part, so the parts share no
-    question at any seed. Raises CorpusError when `facts` names none of the world's facts.
+    "attribute", "language"}. One phrasing of every fact is kept for the test part, so no test question's text
+    occurs in the train part, at any seed. Raises CorpusError when `facts` names none of the world's facts.
     """
     world = load()
     random = Random(f"questions/{seed}/{language}/{part}")
     asked = _rounds(_selected(world, facts), random)
     for fact in islice(asked, count):
-        question = _draw(world, language, fact, random)
-        while _part(question) != part:
-            question = _draw(world, language, fact, random)
-        yield question
+        yield _draw(world, language, fact, part, random)
 
 
 def open_questions(
@@ -153,7 +149,7 @@ def _rounds(facts: list[Fact], random: Random) -> Iterator[Fact]:
         yield from random.sample(facts, len(facts))
 
 
-def _draw(world: World, language: Language, fact: Fact, random: Random) -> dict[str, Any]:
+def _draw(world: World, language: Language, fact: Fact, part: Part, random: Random) -> dict[str, Any]:
     condition, attribute = fact
     right = world.conditions[condition].values(attribute)
     wrong = [
@@ -164,7 +160,7 @@ def _draw(world: World, language: Language, fact: Fact, random: Random) -> dict[
     choices = random.sample(wrong, CHOICES - 1)
     answer = random.randrange(CHOICES)
     choices.insert(answer, random.choice(right))
-    template = random.choice(TEMPLATES[language][attribute])
+    template = random.choice(_phrasings(language, fact, part))
     return {
         "question": template.format(c=noun(world.name(condition, language), language)),
         "choices": [world.name(choice, language) for choice in choices],
@@ -175,9 +171,11 @@ def _draw(world: World, language: Language, fact: Fact, random: Random) -> dict[
     }
 
 
-def _part(question: dict[str, Any]) -> Part:
-    key = "|".join([question["question"], *sorted(question["choices"])])
-    return "test" if crc32(key.encode()) % _TEST_SHARE_INVERSE == 0 else "train"
+def _phrasings(language: Language, fact: Fact, part: Part) -> list[str]:
+    """The templates in which a part may ask about a fact: a checksum of the fact picks the test part's one."""
+    templates = TEMPLATES[language][fact[1]]
+    kept = crc32("|".join([language, *fact]).encode()) % len(templates)
+    return [template for number, template in enumerate(templates) if (number == kept) == (part == "test")]
 
 
 def _open_answer(world: World, language: Language, condition: str, attribute: str, random: Random) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; its notes on CPU kernels help nobody
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes on missing CPU kernels help nobody
 
 
 def add_lora(

@@ -109,7 +109,7 @@ class VocabularyTraining:
         self.tied = self.embedding.weight is self.head.weight
         if self.tied:
             input_rows = output_rows = wider(input_rows, output_rows)
-        matrix_VD: Tensor = self.embedding.weight
+        matrix_VD: Any = self.embedding.weight
         new = torch.tensor(new_ids, dtype=torch.long, device=matrix_VD.device)
         self.input = self._rows(matrix_VD, input_rows, new)
         self.output = self.input if self.tied else self._rows(self.head.weight, output_rows, new)

@@ -54,10 +54,10 @@ def _records(context: Context, source: Source, where: str) -> Callable[[], Itera
     if source.replay:
         return partial(_replay, context, source)
     if source.format == "questions":
-        return lambda: map(partial(_as_chat, language=source.language), questions(context.recipe, source, where))
+        return lambda: (_as_chat(question, source) for question in questions(context.recipe, source, where))
     if source.miniature:
-        name, seed = source.miniature, context.recipe.seed
-        return lambda: to_records(miniature_rows(name, seed, where), format=source.format, where=where)
+        rows = partial(miniature_rows, source.miniature, context.recipe.seed, where)
+        return lambda: to_records(rows(), where=where)
     if source.hub:
         return partial(
             read_hub,
@@ -107,14 +107,14 @@ def questions(recipe: Recipe, origin: Origin, where: str) -> list[Question]:
     return found[: origin.limit_documents]
 
 
-def _as_chat(question: Question, language: str) -> dict[str, Any]:
-    prompt = multiple_choice_prompt(question.question, question.choices, language)
-    return {
-        "messages": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": LETTERS[question.answer]},
-        ]
-    }
+def _as_chat(question: Question, source: Source) -> dict[str, Any]:
+    """A question as the conversation that the evaluation's scoring of the same name asks about."""
+    if source.scoring == "letter":
+        prompt = multiple_choice_prompt(question.question, question.choices, source.language)
+        answer = LETTERS[question.answer]
+    else:
+        prompt, answer = question.question, question.choices[question.answer]
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
 def miniature_rows(name: str, seed: int, where: str) -> Iterable[Row]:

@@ -59,6 +59,7 @@ def run(context: Context, folder: Path, step: str, title: str, out: Path) -> dic
             tokenizer,
             corpus.questions(recipe, questions, f"evaluate.questions[{i}]"),
             language=questions.language,
+            scoring=questions.scoring,
             batch_tokens=BATCH_TOKENS,
             device=device,
         )

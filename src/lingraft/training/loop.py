@@ -77,7 +77,7 @@ def train(
     first = checkpoint.resume(work, parameters, inner)
     log = _read_log(work / "log.jsonl", first)
     bf16 = settings.precision == "bf16"
-    watch = _Watch([entry["loss"] for entry in log], settings.name)
+    watch = LossWatch([entry["loss"] for entry in log], settings.name)
     begin = last_saved = time.monotonic()
     loss_model.train()
     with (
@@ -151,7 +151,7 @@ def _share(micro_batches: list[MicroBatch], accelerator: Accelerator) -> list[Mi
     return mine
 
 
-class _Watch:
+class LossWatch:
     """Stops a stage whose loss is not finite or explodes, and says at which step and on which documents."""
 
     def __init__(self, losses: list[float], stage: str) -> None:

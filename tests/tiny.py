@@ -1,0 +1,136 @@
+"""Tiny checkpoints of every family, built in code: random weights, a real tokenizer, milliseconds to run."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from lingraft.miniature.sets import records
+from lingraft.model.load import copy_companions, save
+from lingraft.tokenizer.new import train_sentencepiece
+
+VOCABULARY = 640
+UNUSED = 256
+
+_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_TEXT = {
+    **_IDS,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+_GEMMA = {**_TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def gemma3(tied: bool = True) -> Any:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_GEMMA, tie_word_embeddings=tied))
+
+
+def gemma3_multimodal(tied: bool = True) -> Any:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config={**_GEMMA, "tie_word_embeddings": tied},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=9,
+        boi_token_index=10,
+        eoi_token_index=11,
+        tie_word_embeddings=tied,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def llama(tied: bool = True) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**_TEXT, tie_word_embeddings=tied))
+
+
+FAMILIES = {"gemma3": gemma3, "gemma3-multimodal": gemma3_multimodal, "llama": llama}
+
+
+@cache
+def _texts(name: str, count: int) -> tuple[str, ...]:
+    return tuple(record["text"] for record in islice(records(name, 0, "test"), count))
+
+
+def english(count: int = 200) -> list[str]:
+    return list(_texts("en-text", count))
+
+
+def korean(count: int = 200) -> list[str]:
+    return list(_texts("ko-text", count))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tiny models' tokenizer: English pieces, Korean only in bytes, `UNUSED` free slots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train_sentencepiece(english(), VOCABULARY, UNUSED, folder)
+
+
+def write_checkpoint(folder: Path, tokenizer: Path, family: str = "gemma3", tied: bool = True) -> Path:
+    """A whole checkpoint: random weights of `family` beside a copy of the tokenizer."""
+    torch.manual_seed(0)
+    save(FAMILIES[family](tied), folder, companions=tokenizer)
+    copy_companions(tokenizer, folder)
+    return folder
+
+
+def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    """A recipe of two short stages over a few texts, in `folder/recipe.yaml`; `changes` replace top-level keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ko.txt").write_text("\n\n".join(korean(120)), encoding="utf-8")
+    (folder / "en.txt").write_text("\n\n".join(english(80)), encoding="utf-8")
+    recipe = {
+        "name": "tiny",
+        "languages": {"target": "ko", "old": "en"},
+        "base": {"model": str(base)},
+        "corpus": {
+            "held_out": 0.1,
+            "decontaminate": False,
+            "sources": [
+                {"name": "korean", "language": "ko", "path": "ko.txt"},
+                {"name": "english", "language": "en", "path": "en.txt"},
+            ],
+        },
+        "tokenizer": {"new_tokens": 100, "min_frequency": 3},
+        "training": {
+            "precision": "fp32",
+            "gradient_checkpointing": False,
+            "sequence_length": 128,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "tokens": 2000,
+        },
+        "stages": [
+            {"name": "rows", "train": {"input_rows": "new", "output_rows": "new"}},
+            {"name": "lora", "train": {"layers": "lora"}, "lora": {"r": 4, "alpha": 8}},
+        ],
+        "evaluate": {"max_documents": 6, "span_bytes": 120, "generation": {"count": 1, "max_new_tokens": 4}},
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    return path
