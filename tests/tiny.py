@@ -98,7 +98,7 @@ def write_checkpoint(folder: Path, tokenizer: Path, family: str = "gemma3", tied
     return folder
 
 
-def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     """A recipe of two short stages over a few texts, in `folder/recipe.yaml`; `changes` replace top-level keys."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ko.txt").write_text("\n\n".join(korean(120)), encoding="utf-8")
@@ -106,7 +106,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
     recipe = {
         "name": "tiny",
         "languages": {"target": "ko", "old": "en"},
-        "base": {"model": str(base)},
+        "base": {"model": str(model)},
         "corpus": {
             "held_out": 0.1,
             "decontaminate": False,

@@ -11,7 +11,7 @@ Everything the command line does is one call here:
 Importing this module loads nothing heavy.
 """
 
-from lingraft.api import check, load_recipe, plan, report, run, status
+from lingraft.api import check, load_recipe, plan, run, status, write_report
 from lingraft.errors import GateFailed, LingraftError
 from lingraft.version import VERSION as __version__
 
@@ -22,7 +22,7 @@ __all__ = [
     "check",
     "load_recipe",
     "plan",
-    "report",
     "run",
     "status",
+    "write_report",
 ]

@@ -84,7 +84,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     return run_status(Path(run_dir).absolute())
 
 
-def report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path) -> Path:
     """Write the run's `report.html` again from what is there, and return its path.
 
     Raises:

@@ -31,6 +31,7 @@ from lingraft.recipe import Recipe, Stage, dump, find, load
 from lingraft.report import write as write_report
 from lingraft.steps import corpus, embeddings, final, new_base, scores, stage, tokenizer
 from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub
+from lingraft.steps.base import check as check_base
 from lingraft.steps.context import Context, stage_folder
 from lingraft.steps.new_base import make_config
 from lingraft.steps.report import report_data
@@ -257,6 +258,8 @@ def run_recipe(recipe: Recipe, run: Path, command: str = "") -> RunResult:
         write_text(run / "recipe.yaml", dump(recipe))
         if plan.base_plan is not None:
             _run_base(plan.base_plan, recipe)
+        if not recipe.base.scratch:
+            check_base(plan.base.folder)
         _announce(plan)
         for number, step in enumerate(plan.steps, 1):
             _run_step(plan, step, number, command)

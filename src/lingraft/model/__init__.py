@@ -1,0 +1,6 @@
+"""Checkpoints and the parts of a model that train: load, save, untie, row-wise matrices, LoRA, fingerprints."""
+
+import logging
+
+# peft imports bitsandbytes, which warns at import about CPU kernels that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -6,7 +6,6 @@ stage trained over 4-bit weights still ends in an ordinary full-precision checkp
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its notes on missing CPU kernels help nobody
 
 
 def add_lora(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from lingraft.artifact import Hashes, key_of
 from lingraft.errors import ModelError
+from lingraft.model import load as models
 from lingraft.recipe import Recipe
+from lingraft.tokenizer.load import load as load_tokenizer
 
 WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 
@@ -51,6 +53,16 @@ def from_folder_or_hub(recipe: Recipe, hashes: Hashes, weights: bool = True) -> 
         )
     folder = fetch(name, recipe.base.revision, weights)
     return Base(folder, key_of(repository=name, commit=folder.name), name)
+
+
+def check(folder: Path) -> None:
+    """Raise before any work where the base is no whole, safe checkpoint with a tokenizer that fits it.
+
+    Raises:
+        ModelError: weights or config are missing, damaged, pickled, or too few for the tokenizer.
+        TokenizerError: the tokenizer is missing, damaged, or of a kind that can't be grafted.
+    """
+    models.check(folder, tokens=len(load_tokenizer(folder)))
 
 
 def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:

@@ -1,10 +1,12 @@
-"""Cross-entropy over a large vocabulary, a few hundred positions at a time.
+"""Cross-entropy over a large vocabulary, a chunk of positions at a time.
 
-Only positions that are learnt reach the output matrix, and each chunk's logits are made again in the backward pass
-instead of being kept: memory stays at one chunk × V however long the batch is.
+Only positions that are learnt reach the output matrix. Where they don't fit into one chunk, each chunk's logits are
+made again in the backward pass instead of being kept: memory stays at one chunk × V however long the batch is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lingraft.training.batches import IGNORED
 
-CHUNK = 512
+CHUNK_LOGITS = 2**25  # 128 MiB in float32: 128 positions of a 262 k vocabulary, 8,192 of a 4 k one
 
 
 class NextTokenLoss(nn.Module):
@@ -22,7 +24,7 @@ class NextTokenLoss(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
@@ -32,7 +34,10 @@ class NextTokenLoss(nn.Module):
         learnt = labels_BT != IGNORED
         hidden_ND, labels_N = hidden_BTD[learnt], labels_BT[learnt]
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for hidden, labels in zip(hidden_ND.split(CHUNK), labels_N.split(CHUNK), strict=True):
+        rows = max(1, CHUNK_LOGITS // self.model.get_output_embeddings().weight.shape[0])
+        if len(labels_N) <= rows:
+            return total + self._chunk(hidden_ND, labels_N)
+        for hidden, labels in zip(hidden_ND.split(rows), labels_N.split(rows), strict=True):
             total = total + checkpoint(self._chunk, hidden, labels, use_reentrant=False)
         return total
 
