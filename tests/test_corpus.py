@@ -560,6 +560,36 @@ def test_choices_from_columns_or_letters(tmp_path):
     assert read_questions(path, choices="options", answer="answer_idx", where=WHERE)[0].choices == ("x", "y")
 
 
+def test_text_from_fields_of_objects(tmp_path):
+    row = {"title": "T", "body": {"parts": ["one", "two"], "by": {"name": "N"}}, "body.id": 7, "empty": None}
+    path = write(tmp_path / "a.jsonl", [row, {"title": "U", "body": None}])
+    assert texts(path, column="{title}: {body.parts} ({body.by.name})") == ["T: one\ntwo (N)", ""]
+    assert texts(write(tmp_path / "b.jsonl", [row]), column="body.id") == ["7"]
+    with fault("no column 'body.part'", "did you mean 'body.parts'?", "it has body.parts, body.by"):
+        texts(path, column="body.part")
+    with fault("no column 'title.x'", "it has title, body"):
+        texts(path, column="{title.x}")
+
+
+def test_fixed_choices_and_nested_question_columns(tmp_path):
+    row = {"context": {"contexts": ["First.", "Second."]}, "question": "So?", "final_decision": "maybe"}
+    path = write(tmp_path / "a.jsonl", [row])
+    options = {"question": "{context.contexts}\n{question}", "fixed_choices": ["yes", "no", "maybe"]}
+    assert read_questions(path, answer="final_decision", where=WHERE, **options) == [
+        Question("First.\nSecond.\nSo?", ("yes", "no", "maybe"), 2)
+    ]
+    row = {"q": {"stem": "Which?", "options": {"B": "y", "A": "x"}}, "key": {"letter": "B"}}
+    path = write(tmp_path / "b.jsonl", [row])
+    columns = {"question": "q.stem", "choices": "q.options", "answer": "key.letter"}
+    assert read_questions(path, where=WHERE, **columns) == [Question("Which?", ("x", "y"), 1)]
+    with fault("no column 'q.choices'", "it has q.stem, q.options"):
+        read_questions(path, where=WHERE, **(columns | {"choices": "q.choices"}))
+    with fault("the answer 'maybe' at", "none of its 2 choices"):
+        read_questions(
+            tmp_path / "a.jsonl", answer="final_decision", where=WHERE, **(options | {"fixed_choices": ["yes", "no"]})
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -641,6 +671,20 @@ def test_real_questions_count_answers_from_one(shared_data):
     assert Counter(question.answer for question in questions) == {0: 1348, 1: 1085, 2: 925, 3: 825}
     with fault("the answer 4 at", "medmcqa_dev.jsonl:18", "answer_base"):
         read_questions(path, **columns, where=WHERE)
+
+
+def test_real_questions_with_fixed_choices(shared_data):
+    path = shared_data / "en-medical/pubmedqa_train.json"
+    questions = read_questions(
+        path,
+        question="{CONTEXTS}\n{QUESTION}",
+        fixed_choices=["yes", "no", "maybe"],
+        answer="final_decision",
+        where=WHERE,
+    )
+    assert Counter(question.answer for question in questions) == {0: 276, 1: 169, 2: 55}
+    assert questions[0].question.startswith("Telephone counseling and tailored")
+    assert questions[0].question.endswith("\nCan tailored interventions increase mammography use among HMO women?")
 
 
 def test_real_dictionary(shared_data):

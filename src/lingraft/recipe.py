@@ -95,10 +95,19 @@ class Base(Strict):
 
 
 class QuestionColumns(Strict):
+    """Which columns hold what; `fixed_choices` are the choices themselves, where no column holds them."""
+
     question: str = "question"
     choices: str | list[str] = "choices"
+    fixed_choices: Annotated[list[str], Field(min_length=2)] | None = None
     answer: str = "answer"
     answer_base: Literal[0, 1] = 0
+
+    @model_validator(mode="after")
+    def _one_kind_of_choices(self) -> QuestionColumns:
+        if self.fixed_choices and self.choices != "choices":
+            raise ValueError("give choices (columns) or fixed_choices (texts), not both")
+        return self
 
 
 class Replay(Strict):

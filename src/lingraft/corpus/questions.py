@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingraft.corpus.files import Paths, Row, read_rows
-from lingraft.corpus.records import Template, require_columns
+from lingraft.corpus.records import Template, cell, require_columns
 from lingraft.errors import CorpusError
 
 
@@ -26,6 +26,7 @@ def read_questions(
     *,
     question: str = "question",
     choices: str | Sequence[str] = "choices",
+    fixed_choices: Sequence[str] | None = None,
     answer: str = "answer",
     answer_base: int = 0,
     encoding: str | None = None,
@@ -33,7 +34,15 @@ def read_questions(
 ) -> list[Question]:
     """The questions of a file, glob, folder or list of these: see `to_questions`."""
     rows = read_rows(path, encoding=encoding, where=where)
-    return to_questions(rows, question=question, choices=choices, answer=answer, answer_base=answer_base, where=where)
+    return to_questions(
+        rows,
+        question=question,
+        choices=choices,
+        fixed_choices=fixed_choices,
+        answer=answer,
+        answer_base=answer_base,
+        where=where,
+    )
 
 
 def to_questions(
@@ -41,6 +50,7 @@ def to_questions(
     *,
     question: str = "question",
     choices: str | Sequence[str] = "choices",
+    fixed_choices: Sequence[str] | None = None,
     answer: str = "answer",
     answer_base: int = 0,
     where: str,
@@ -49,18 +59,21 @@ def to_questions(
 
     `question` is a column or a format string over several. `choices` is one column that holds a list, or an
     object of letters, or it names a column for each choice; empty columns at the end are choices that the
-    question does not have. The column `answer` holds a letter, a number that counts from `answer_base`, or
-    the right choice's own text.
+    question does not have. `fixed_choices` are the choices themselves, in place of `choices`, where all the
+    questions have the same (yes, no, maybe). The column `answer` holds a letter, a number that counts from
+    `answer_base`, or the right choice's own text. Every column may be a field of an object, as `context.text`.
 
     Raises CorpusError for a missing column, an empty question, fewer than two choices, an answer outside
     them, and when there is no question at all.
     """
     stem = Template(question, where)
-    columns = [*stem.columns, *([choices] if isinstance(choices, str) else choices), answer]
+    wanted = [] if fixed_choices else [choices] if isinstance(choices, str) else choices
+    columns = [*stem.columns, *wanted, answer]
     questions = []
     for row in rows:
         require_columns(row, columns, where)
-        text, options = stem.fill(row).strip(), _choices(row, choices, where)
+        text = stem.fill(row).strip()
+        options = tuple(fixed_choices) if fixed_choices else _choices(row, choices, where)
         if not text:
             raise CorpusError(f"{where}: the question at {row.place} is empty; fill it in or take it out")
         if len(options) < 2:
@@ -75,7 +88,7 @@ def to_questions(
 
 def _choices(row: Row, choices: str | Sequence[str], where: str) -> tuple[str, ...]:
     if isinstance(choices, str):
-        value = row.values[choices]
+        value = cell(row, choices)
         options = [value[key] for key in sorted(value)] if isinstance(value, dict) else value
         if not isinstance(options, list):
             raise CorpusError(
@@ -83,7 +96,7 @@ def _choices(row: Row, choices: str | Sequence[str], where: str) -> tuple[str, .
                 "name a column for each choice like `choices: [A, B, C, D]`"
             )
     else:
-        options = [row.values[column] for column in choices]
+        options = [cell(row, column) for column in choices]
     texts = [str(option).strip() if option is not None else "" for option in options]
     while texts and not texts[-1]:
         texts.pop()
@@ -93,7 +106,7 @@ def _choices(row: Row, choices: str | Sequence[str], where: str) -> tuple[str, .
 
 
 def _answer(row: Row, column: str, choices: tuple[str, ...], base: int, where: str) -> int:
-    value = row.values[column]
+    value = cell(row, column)
     index = _answer_index(value, choices, base)
     if index is None or not 0 <= index < len(choices):
         raise CorpusError(

@@ -30,7 +30,7 @@ ROLE_SYNONYMS = {"human": "user", "gpt": "assistant", "model": "assistant"} | {r
 
 
 class Template:
-    """Text made of a row: one column's name, or a format string such as `"{question}\\n{answer}"`."""
+    """Text made of a row: one column's name, or a format string such as `"{question}\\n{context.contexts}"`."""
 
     def __init__(self, column: str, where: str) -> None:
         self.where = where
@@ -51,9 +51,27 @@ class Template:
         return "".join(literal + filled.get(name or "", "") for literal, name in self.pieces)
 
 
+def cell(row: Row, column: str) -> Any:
+    """The value of a column; `a.b` is the field `b` of the object in the column `a`, if no column is named so.
+
+    Raises KeyError where the row has no such column or field.
+    """
+    if column in row.values:
+        return row.values[column]
+    value: Any = row.values
+    for name in column.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(column)
+        value = value[name]
+    return value
+
+
 def _text(row: Row, column: str, where: str) -> str:
     """A cell as text: a list of texts is joined by newlines, a missing one is empty."""
-    value = row.values.get(column)
+    try:
+        value = cell(row, column)
+    except KeyError:
+        return ""
     if value is None:
         return ""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -68,10 +86,20 @@ def _text(row: Row, column: str, where: str) -> str:
 def require_columns(row: Row, columns: Iterable[str], where: str) -> None:
     """Raise a CorpusError that lists the columns there are, if one of `columns` is not among them."""
     for column in columns:
-        if column not in row.values:
+        try:
+            cell(row, column)
+        except KeyError:
+            names = _fields(row, column)
             raise CorpusError(
-                f"{where}: no column '{column}' in {row.file}{closest(column, row.values)}; it has {listed(row.values)}"
-            )
+                f"{where}: no column '{column}' in {row.file}{closest(column, names)}; it has {listed(names)}"
+            ) from None
+
+
+def _fields(row: Row, column: str) -> list[str]:
+    """The names to choose from instead of `column`: the row's, or for `a.b` the fields of its object `a`."""
+    parent, _, _ = column.rpartition(".")
+    value = row.values.get(parent)
+    return [f"{parent}.{name}" for name in value] if isinstance(value, dict) else list(row.values)
 
 
 def columns_of(column: str | Mapping[str, str] | None, where: str) -> list[str] | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lingraft.report.numbers import count, decimals, interval, is_number, percent, percent_interval
 
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 44, 12, 12, 26
 DODGE = 5.0  # pixels between lines at one step, so that whiskers don't hide each other
+WIDE = 8  # values this many times apart get a logarithmic axis
 MAX_STEP_LABELS = 10
 MAX_LOSS_POINTS = 120
 SHARE_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -84,6 +85,7 @@ class LineChart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Series]
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def line_chart(
     """Values by step with whiskers, or None where nothing was measured.
 
     The points' x are indices into `step_labels`. With `as_percent` y is a share and its axis runs from 0 to
-    100 %.
+    100 %; otherwise values that lie a factor of `WIDE` or more apart get a logarithmic axis, since on a plain one the
+    small ones could not be told from each other.
     """
     if not any(line.points for line in series):
         return None
@@ -152,9 +155,16 @@ def line_chart(
     x_bounds = (-0.5, len(step_labels) - 0.5)
     stride = math.ceil(len(step_labels) / MAX_STEP_LABELS)
     x_ticks = [Tick(index, label) for index, label in enumerate(step_labels) if index % stride == 0]
-    shares = [Tick(share, percent(share, 0)) for share in SHARE_TICKS]
-    y_ticks = shares if as_percent else _number_ticks(series)
-    return _draw(title, series, x_bounds, x_ticks, y_ticks, width=400, height=240, dodge=DODGE)
+    logarithmic = not as_percent and _is_wide(series)
+    if as_percent:
+        y_ticks = [Tick(share, percent(share, 0)) for share in SHARE_TICKS]
+    elif logarithmic:
+        y_ticks = _log_ticks(series)
+        series = [_logarithm(line) for line in series]
+    else:
+        y_ticks = _number_ticks(series)
+    chart = _draw(title, series, x_bounds, x_ticks, y_ticks, width=400, height=240, dodge=DODGE)
+    return replace(chart, logarithmic=logarithmic)
 
 
 def loss_chart(title: str, pairs: Sequence[Sequence[float]]) -> LineChart | None:
@@ -169,10 +179,36 @@ def loss_chart(title: str, pairs: Sequence[Sequence[float]]) -> LineChart | None
     return _draw(title, series, (first, last), x_ticks, _number_ticks(series), width=300, height=170, dodge=0)
 
 
+def _values(series: Sequence[Series]) -> list[float]:
+    """Every value and whisker end."""
+    return [value for line in series for point in line.points for value in (point.y, *(point.ends or ()))]
+
+
+def _is_wide(series: Sequence[Series]) -> bool:
+    return min(_values(series)) > 0 and max(_values(series)) >= WIDE * min(_values(series))
+
+
+def _logarithm(line: Series) -> Series:
+    return Series(line.name, line.style, [replace(p, y=math.log10(p.y), ends=_log_ends(p.ends)) for p in line.points])
+
+
+def _log_ends(ends: Ends | None) -> Ends | None:
+    return None if ends is None else (math.log10(ends[0]), math.log10(ends[1]))
+
+
+def _log_ticks(series: Sequence[Series]) -> list[Tick]:
+    """Ticks at 1, 2 and 5 times powers of ten, at the logarithm's place, around every value and whisker."""
+    low, high = min(_values(series)), max(_values(series))
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    round_numbers = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(n for n in round_numbers if n <= low)
+    last = min(n for n in round_numbers if n >= high)
+    return [Tick(math.log10(n), f"{n:g}") for n in round_numbers if first <= n <= last]
+
+
 def _number_ticks(series: Sequence[Series]) -> list[Tick]:
     """Ticks around every value and whisker, with as many decimals as the step between them needs."""
-    points = [point for line in series for point in line.points]
-    values = [value for point in points for value in (point.y, *(point.ends or ()))]
+    values = _values(series)
     ticks = nice_ticks(min(values), max(values))
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return [Tick(tick, decimals(tick, digits)) for tick in ticks]

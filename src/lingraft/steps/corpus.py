@@ -100,6 +100,7 @@ def questions(recipe: Recipe, origin: Origin, where: str) -> list[Question]:
         rows,
         question=columns.question,
         choices=columns.choices,
+        fixed_choices=columns.fixed_choices,
         answer=columns.answer,
         answer_base=columns.answer_base,
         where=where,

@@ -28,6 +28,7 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     settings = context.recipe.embeddings
     base_folder = context.base.folder
     model = models.load(base_folder, remote_code=context.recipe.base.trust_remote_code)
+    base_shape = {"parameters": sum(p.numel() for p in model.parameters()), "tied": models.is_tied(model.config)}
     tokens = read_graft(context.tokenizer)
     ids = [token.id for token in tokens]
     parts = parts_of(context.recipe, base_folder, tokens)
@@ -59,6 +60,7 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     models.copy_companions(context.tokenizer, out)
     origins = Counter(part.origin for part in parts)
     return {
+        "base": base_shape,
         "rows_before": rows_before,
         "rows_after": models.input_matrix(model).shape[0],
         "tied": tied,

@@ -11,7 +11,7 @@ from lingraft.steps.context import grafted_pieces
 if TYPE_CHECKING:
     from lingraft.pipeline import Plan
 
-EXAMPLES = 60
+EXAMPLES = 20
 
 
 def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: str) -> dict[str, Any]:
@@ -37,14 +37,18 @@ def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: 
         "peak_memory_gb": max((r["peak_memory_gb"] for _, r in stages), default=None),
         "languages": recipe.languages.model_dump(),
         "language_names": {code: LANGUAGE_NAMES.get(code, code) for code in recipe.languages.model_dump().values()},
-        "base": {"model": plan.base.label},
+        "base": {"model": plan.base.label} | (embeddings["base"] if embeddings else {}),
         "final": {
             "path": str(plan.run / "model"),
             "parameters": embeddings["parameters"] if embeddings else None,
             "tied": embeddings["tied"] if embeddings else None,
+            "vocabulary": results["02-tokenizer"]["vocabulary_after"] if embeddings else None,
         },
-        "alarms": [line for line in base_alarms if line.startswith("alarm")],
-        "notes": [line for line in base_alarms if not line.startswith("alarm")] + plan.collapsed,
+        "alarms": [line.removeprefix("alarm: ") for line in base_alarms if line.startswith("alarm")],
+        "notes": [
+            *(line.removeprefix("note: ") for line in base_alarms if line.startswith("note")),
+            *plan.collapsed,
+        ],
         "scoreboard": entries,
         "tokenizer": _tokenizer(plan, results.get("02-tokenizer")),
         "embeddings": {k: embeddings[k] for k in ("input", "output")} if embeddings else None,
@@ -52,7 +56,7 @@ def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: 
             result
             | {
                 "name": step.name,
-                "title": f"{step.stage_index} {step.stage.name}" if step.stage else step.title,
+                "title": step.stage.name if step.stage else step.title,
             }
             | {"changed_tensors": len(result["changed_tensors"])}
             for step, result in stages
@@ -68,15 +72,13 @@ def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: 
 def _tokenizer(plan: Plan, result: dict[str, Any] | None) -> dict[str, Any] | None:
     if result is None:
         return None
-    routes = [
-        f"{count:,} {words}"
-        for count, words in ((result["reused_slots"], "in unused slots"), (result["appended"], "appended"))
-        if count
-    ]
+    places = {"in unused slots": result["reused_slots"], "appended at the end": result["appended"]}
+    used = {words: count for words, count in places.items() if count}
+    route = next(iter(used)) if len(used) == 1 else " and ".join(f"{count:,} {words}" for words, count in used.items())
     pieces = grafted_pieces(plan.run / "02-tokenizer")
     every = max(1, len(pieces) // EXAMPLES)
     return result | {
-        "route": ", ".join(routes),
+        "route": route,
         "examples": [
             {"piece": p.piece, "id": p.id, "count": p.count, "decomposition": p.base_pieces}
             for p in pieces[::every][:EXAMPLES]
