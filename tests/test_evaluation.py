@@ -333,6 +333,25 @@ def test_letters_of_several_tokens_are_scored_in_full(stories, batch_tokens):
         assert answer == scores.index(max(scores))
 
 
+@pytest.mark.parametrize("template", [None, GEMMA_TEMPLATE])
+@pytest.mark.parametrize("batch_tokens", [1, 4096])
+def test_cloze_compares_the_whole_answers_after_the_question_alone(template, batch_tokens):
+    model, tokenizer = tiny("gemma3"), byte_tokenizer(template)
+    result = multiple_choice(
+        model, tokenizer, QUESTIONS, language="en", scoring="cloze", batch_tokens=batch_tokens, device="cpu"
+    )
+    for question, answer in zip(QUESTIONS, result["answers"], strict=True):
+        scores = []
+        for choice in question.choices:
+            turns = [{"role": "user", "content": question.question}, {"role": "assistant", "content": choice}]
+            ids, written = encode_chat(tokenizer, turns)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(logits[t - 1, ids[t]].item() for t in range(1, len(ids)) if written[t]))
+        assert answer == scores.index(max(scores))
+    assert result["scoring"] == "cloze"
+
+
 def test_prompt_speaks_the_language():
     assert multiple_choice_prompt("Q", ["x", "y"]) == "Q\nA. x\nB. y\nAnswer:"
     assert multiple_choice_prompt("Q", ["x", "y"], "ko") == "Q\nA. x\nB. y\n정답:"

@@ -184,16 +184,12 @@ def test_questions_have_one_right_answer(language: Language) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_train_and_test_questions_never_meet(language: Language) -> None:
-    facts = [("pneumonia", "specialist"), ("asthma", "specialist")]  # few facts: repeats are certain
+def test_no_test_question_is_worded_as_in_training(language: Language) -> None:
+    def wordings(part: Literal["train", "test"], seed: int) -> set[str]:
+        return {q["question"] for q in questions(language, seed=seed, count=3000, part=part)}
 
-    def keys(part: str, seed: int) -> set[tuple[str, frozenset[str]]]:
-        drawn = questions(language, seed=seed, count=3000, part=part, facts=facts)  # type: ignore[arg-type]
-        return {(q["question"], frozenset(q["choices"])) for q in drawn}
-
-    train, test = keys("train", 0), keys("test", 1)
-    assert len(train) > 1000
-    assert len(test) > 500
+    train, test = wordings("train", 0), wordings("test", 1)
+    assert len(train) > len(test) > 600
     assert not train & test
 
 

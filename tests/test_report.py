@@ -362,6 +362,17 @@ def test_line_chart_puts_values_and_whiskers_where_the_axis_says() -> None:
     assert charts.line_chart("Bits", [charts.bits_series("Korean", "target", [("Base", {})])], ["base"]) is None
 
 
+def test_values_far_apart_get_a_logarithmic_axis() -> None:
+    korean = charts.bits_series("Korean", "target", [("Base", {"bits_per_byte": 10.0}), ("1", {"bits_per_byte": 0.1})])
+    chart = charts.line_chart("Bits", [korean], ["base", "1"])
+    assert chart is not None
+    assert chart.logarithmic
+    assert [tick.label for tick in chart.y_ticks] == ["0.1", "0.2", "0.5", "1", "2", "5", "10"]
+    assert [mark.y for mark in chart.lines[0].points] == pytest.approx([chart.top, chart.bottom])
+    one = next(tick for tick in chart.y_ticks if tick.label == "1")
+    assert one.at == pytest.approx((chart.top + chart.bottom) / 2)
+
+
 def test_loss_is_averaged_and_keeps_no_nan() -> None:
     assert charts.thin([[1, 4.0], [2, 2.0], [3, math.nan], [4, 1.0]], limit=2) == [(1.5, 3.0), (4.0, 1.0)]
     assert charts.loss_chart("1. Rows", [[1, math.inf]]) is None
