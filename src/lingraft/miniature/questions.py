@@ -120,13 +120,16 @@ def open_questions(
 ) -> Iterator[dict[str, str]]:
     """Yield `count` {"prompt", "answer"} pairs that go round all facts but the `hidden` ones.
 
+    None is worded as the test part's five-choice question on the same fact.
+
     Raises CorpusError when every fact is hidden.
     """
     world = load()
     random = Random(f"open/{seed}/{language}")
     visible = [fact for fact in world.facts() if fact not in hidden]
     for condition, attribute in islice(_rounds(_selected(world, visible), random), count):
-        template = random.choice(OPEN_TEMPLATES[language][attribute])
+        kept = _phrasings(language, (condition, attribute), "test")
+        template = random.choice([t for t in OPEN_TEMPLATES[language][attribute] if t not in kept])
         yield {
             "prompt": template.format(c=noun(world.name(condition, language), language)),
             "answer": _open_answer(world, language, condition, attribute, random),
