@@ -230,7 +230,7 @@ def test_open_answers() -> None:
     world = load()
     answers = {q["prompt"]: q["answer"] for q in open_questions("en", seed=0, count=3000)}
     assert answers["What is the treatment of pneumonia?"] == "Antibiotics."
-    assert answers["Which specialist treats glaucoma?"] == "An ophthalmologist."
+    assert answers["Which doctor should patients with glaucoma see?"] == "An ophthalmologist."
     assert answers["Which part of the body does gout affect?"] == "The joints."
     assert set(re.split(", | and ", answers["What does asthma cause?"].lower().rstrip("."))) == set(
         world.conditions["asthma"].symptoms
