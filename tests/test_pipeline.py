@@ -159,6 +159,30 @@ def test_tied_base_kept_tied_collapses_the_preset(tmp_path: Path, tiny_gemma: Pa
     assert "lm_head.weight" not in load_file(result.model / "model.safetensors")
 
 
+def test_base_that_guesses_in_its_own_language_raises_an_alarm(
+    tmp_path: Path, tiny_gemma: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"language": "en", "miniature": "en-exam", "limit_documents": 40}
+    recipe = tiny.write_recipe(
+        tmp_path,
+        tiny_gemma,
+        evaluate={
+            "max_documents": 3,
+            "span_bytes": 120,
+            "generation": {"count": 1, "max_new_tokens": 2},
+            "questions": [{"name": "letters", **asked}, {"name": "texts", **asked, "scoring": "cloze"}],
+        },
+    )
+    result = lingraft.run(recipe, tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "alarm: the base answers letters" in shown
+    assert "check the prompt format and the answer key" in shown
+    assert "the base answers letters" in result.report.read_text()
+    questions = result.scoreboard[-1]["questions"]
+    assert {name: q["total"] for name, q in questions.items()} == {"letters": 40, "texts": 40}
+    assert questions["letters"]["low"] < questions["letters"]["accuracy"] < questions["letters"]["high"]
+
+
 # ------------------------------------------------------------------------------------- kill and resume
 
 
@@ -394,6 +418,45 @@ def test_full_disk_says_so_and_leaves_nothing_half_written(
     assert models.save is not full
     lingraft.run(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_disk_that_is_really_full(tmp_path: Path, tiny_gemma: Path) -> None:
+    """A file system of 1.2 MB: too small for the models. With room, the same command goes on."""
+    recipe = tiny.write_recipe(tmp_path, tiny_gemma)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        shown = cli("run", recipe, "--run-dir", disk / "run", cwd=tmp_path)
+        assert shown.returncode == 2, shown.stderr
+        assert "the disk is full: make room and give the same command again" in shown.stderr
+        assert shown.stderr.count("\n") == 1
+        published = [p for p in (disk / "run").iterdir() if p.name[0].isdigit()]
+        assert published
+        assert all((step / "manifest.json").is_file() for step in published)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert cli("run", recipe, "--run-dir", disk / "run", cwd=tmp_path).returncode == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_read_only_disk(tmp_path: Path, tiny_gemma: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path, tiny_gemma)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("only root may mount a read-only file system")
+    try:
+        shown = cli("run", recipe, "--run-dir", disk / "run", cwd=tmp_path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+    assert shown.returncode == 2
+    assert "can't write the run folder: Read-only file system" in shown.stderr
+    assert shown.stderr.count("\n") == 1
 
 
 def test_file_size_limit_is_one_line(tmp_path: Path, tiny_gemma: Path) -> None:

@@ -66,6 +66,12 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
         ("name: one,", "name: one, data: {kor: 1},", "no such source or language"),
         ("name: one,", "name: one, gate: {english_bpb_rises: 0.1},", "unknown gate; did you mean 'english_bpb_rise'?"),
         ("tokenizer: {new_tokens: 10}", "seed: 0", "there are no new rows"),
+        (
+            "stages:",
+            "evaluate: {questions: [{name: q, language: ko, path: q, "
+            "columns: {choices: c, fixed_choices: [a, b]}}]}\nstages:",
+            "give choices (columns) or fixed_choices (texts), not both",
+        ),
         ("learning_rate: 1e-5", "learning_rate: .nan", "learning_rate"),
         ("learning_rate: 1e-5", "learning_rate: -1", "greater than 0"),
         ("learning_rate: 1e-5", "tokens: 5X", "is not a count"),

@@ -37,6 +37,8 @@ from lingraft.steps.new_base import make_config
 from lingraft.steps.report import report_data
 from lingraft.version import VERSION
 
+RESULTS_VERSION = 1  # raise it when a step's results change for the same recipe and inputs
+
 State = Literal["done", "stale", "started", "pending"]
 Work = Callable[[Path, Path], dict[str, Any]]
 
@@ -55,7 +57,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        return key_of(name=self.name, section=self.section, inputs=self.inputs, version=VERSION)
+        return key_of(name=self.name, section=self.section, inputs=self.inputs, version=RESULTS_VERSION)
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,13 @@ def run_stage(
     torch.manual_seed(settings.seed)
     accelerator = Accelerator()
     quantise = settings.lora.quantise if settings.lora else "none"
-    stored = load(source, remote_code=remote_code)
-    before = fingerprint(stored, new_ids)
+    model = load(source, remote_code=remote_code)
+    before = fingerprint(model, new_ids)
     dtype = DTYPES[settings.precision]
-    in_place = quantise == "none" and all(p.dtype == dtype for p in stored.parameters())
-    model = stored if in_place else load(source, dtype, quantise, remote_code)
-    del stored
+    in_place = quantise == "none" and all(p.dtype == dtype for p in model.parameters())
+    if not in_place:
+        del model  # never two of them in memory
+        model = load(source, dtype, quantise, remote_code)
     if quantise == "none":
         to_device(model, accelerator.device)
 
