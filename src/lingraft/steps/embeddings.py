@@ -21,6 +21,9 @@ from lingraft.tokenizer.load import load as load_tokenizer
 from lingraft.tokenizer.pieces import to_bytes
 
 ROWS_MULTIPLE = 64
+LOGITS_TEXTS, LOGITS_TOKENS = 4, 64
+# of a logit's spread; zero in practice, but a matrix with more rows may be multiplied in another order
+LOGITS_TOLERANCE = 1e-3
 
 
 def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
@@ -34,6 +37,9 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     parts = parts_of(context.recipe, base_folder, tokens)
 
     old_rows = models.input_matrix(model).detach()
+    old_ids = torch.tensor(sorted(set(range(old_rows.shape[0])) - set(ids)))
+    old_text = _old_text(context)
+    logits_before = _logits(model, old_text, old_ids)
     if settings.tie == "untie" and models.output_matrix(model) is models.input_matrix(model):
         models.untie(model)
     before = fingerprint(model, ids)
@@ -56,10 +62,13 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     frozen = {name for name in before if not name.endswith("[new rows]")}
     changed = differences(before, _same_rows(model, ids, rows_before)) & frozen
     assert not changed, f"the graft changed what it must not: {sorted(changed)}"
+    logits_difference = _largest_difference(logits_before, _logits(model, old_text, old_ids))
+    assert logits_difference < LOGITS_TOLERANCE, f"the graft moved old tokens' logits by {logits_difference:.2g}"
     models.save(model, out, companions=base_folder)
     models.copy_companions(context.tokenizer, out)
     origins = Counter(part.origin for part in parts)
     return {
+        "old_logits_largest_difference": logits_difference,
         "base": base_shape,
         "rows_before": rows_before,
         "rows_after": models.input_matrix(model).shape[0],
@@ -68,6 +77,28 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
         "output": {_method("as input (tied)" if tied else settings.output, o): c for o, c in origins.items()},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _old_text(context: Context) -> list[list[int]]:
+    """A few old-language held-out texts as tokens of the base (no new token can occur in them)."""
+    tokenizer = models.load_tokenizer(context.base.folder)
+    texts = list(context.texts("held-out", context.recipe.languages.old, LOGITS_TEXTS))
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"][:LOGITS_TOKENS] for text in texts]
+    return [ids for ids in encoded if ids]
+
+
+@torch.inference_mode()
+def _logits(model: Any, texts: list[list[int]], old_ids: torch.Tensor) -> list[torch.Tensor]:
+    """Logits (T, old ids) of each text."""
+    return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0][:, old_ids].float() for ids in texts]
+
+
+def _largest_difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """The largest change of a logit, relative to the spread of the logits at its position."""
+    return max(
+        (float(((b - a).abs().amax(dim=1) / b.std(dim=1)).max()) for b, a in zip(before, after, strict=True)),
+        default=0.0,
+    )
 
 
 def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
