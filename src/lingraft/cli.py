@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lingraft import terminal
 from lingraft.errors import LingraftError
 from lingraft.version import VERSION
 
@@ -74,7 +75,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = 
 
     result = api.run(recipe, run_dir, set_ or [], command=shlex.join(["lingraft", *sys.argv[1:]]))
     typer.echo("")
-    typer.echo(_before_after(result.scoreboard))
+    typer.echo(terminal.before_after(result.scoreboard))
     typer.echo(f"model   {result.model}")
     typer.echo(f"report  {result.report}")
 
@@ -87,10 +88,7 @@ def plan(
     from lingraft import api
 
     data = api.plan(recipe, run_dir, set_ or [])
-    if as_json:
-        typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
-    else:
-        _print_plan(data)
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.plan(data))
 
 
 @app.command()
@@ -99,15 +97,7 @@ def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
     from lingraft import api
 
     data = api.status(run_folder)
-    if as_json:
-        typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
-        return
-    for step in data["steps"]:
-        seconds = f"{step['seconds']:8.1f} s" if step["seconds"] is not None else ""
-        typer.echo(f"{step['state']:<8} {step['step']:<44} {seconds}")
-    if data["scoreboard"]:
-        typer.echo("")
-        typer.echo(_before_after(data["scoreboard"]))
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.status(data))
 
 
 @app.command()
@@ -142,71 +132,6 @@ def recipe_list() -> None:
 
     for name in built_in_names():
         typer.echo(f"{name:<24} {load(name).description}")
-
-
-def _before_after(entries: list[dict[str, Any]]) -> str:
-    """The table of base against last measurement."""
-    first, last = entries[0], entries[-1]
-    rows = [("", first["title"], last["title"])]
-    for language, measured in last["languages"].items():
-        before = first["languages"].get(language, {})
-        rows.append(
-            (
-                f"{language} bits per byte",
-                _number(before, "bits_per_byte"),
-                _number(measured, "bits_per_byte"),
-            )
-        )
-        rows.append(
-            (
-                f"{language} tokens per character",
-                _number(before, "tokens_per_character"),
-                _number(measured, "tokens_per_character"),
-            )
-        )
-    rows += [
-        (f"{name} questions", _accuracy(first["questions"].get(name)), _accuracy(asked))
-        for name, asked in last["questions"].items()
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _number(measured: dict[str, Any], key: str) -> str:
-    return f"{measured[key]:.3f}" if key in measured else "–"
-
-
-def _accuracy(asked: dict[str, Any] | None) -> str:
-    return f"{asked['accuracy']:.1%} [{asked['low']:.1%}, {asked['high']:.1%}]" if asked else "–"
-
-
-def _print_plan(data: dict[str, Any]) -> None:
-    base = data["base"]
-    typer.echo(f"{data['name']} → {data['run']}")
-    if "parameters" in base:
-        tied = "tied" if base["tied"] else "untied"
-        typer.echo(
-            f"base {base['model']}: {base['parameters']:,} parameters with the graft, {base['rows']:,} rows, {tied}"
-        )
-    else:
-        typer.echo(f"base {base['model']}: size unknown ({base['unknown']})")
-    for note in data["notes"]:
-        typer.echo(note)
-    typer.echo("")
-    for step in data["steps"]:
-        typer.echo(f"  {step['state']:<8} {step['step']}")
-    typer.echo("")
-    for number, stage in enumerate(data["stages"], 1):
-        trains = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in stage["train"].items() if v != "none")
-        length = f"{stage['tokens']:,} tokens" if stage["tokens"] else f"{stage['epochs']:g} epochs"
-        size = (
-            f"{stage['trainable']:,} values, at least {stage['minimum_memory_gb']:.2f} GB"
-            if "trainable" in stage
-            else ""
-        )
-        typer.echo(
-            f"  stage {number} {stage['name']}: {trains}; lr {stage['learning_rate']:g}, {length}; {size}".rstrip("; ")
-        )
 
 
 @app.callback(invoke_without_command=True)

@@ -271,6 +271,7 @@ class Questions(Origin):
 
 class Evaluate(Strict):
     max_documents: Count = 200
+    max_document_characters: Count = 20_000
     span_bytes: Count = 480
     questions: list[Questions] = []
     generation: Generation = Generation()

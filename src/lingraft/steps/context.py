@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from lingraft.corpus.build import Part, read_documents
@@ -29,16 +30,15 @@ class Context:
         return self.run / "02-tokenizer"
 
     def texts(self, part: Part, language: str, limit: int | None = None) -> Iterator[str]:
-        """Plain texts of a language from the corpus step, `part` being `train` or `held-out`."""
-        count = 0
-        for source in self.recipe.corpus.sources:
-            if source.language != language or source.format != "text":
-                continue
-            for document in read_documents(self.corpus, part, source.name):
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                yield document["text"]
+        """Plain texts of a language from the corpus step, a document of each source in turn until all are read."""
+        readers = [
+            read_documents(self.corpus, part, source.name)
+            for source in self.recipe.corpus.sources
+            if source.language == language and source.format == "text"
+        ]
+        rounds = zip_longest(*readers)
+        documents = (document for one_of_each in rounds for document in one_of_each if document is not None)
+        return (document["text"] for document in islice(documents, limit))
 
     def languages(self) -> list[str]:
         """Target and old language, target first, without repeats."""

@@ -32,7 +32,8 @@ def run(context: Context, folder: Path, step: str, title: str, out: Path) -> dic
     languages: dict[str, Any] = {}
     generations: dict[str, Any] = {}
     for language in context.languages():
-        texts = list(context.texts("held-out", language, recipe.evaluate.max_documents))
+        length = recipe.evaluate.max_document_characters
+        texts = [t[:length] for t in context.texts("held-out", language, recipe.evaluate.max_documents)]
         if not texts:
             continue
         span = recipe.evaluate.span_bytes
