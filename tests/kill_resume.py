@@ -54,8 +54,8 @@ def disturbed_run(recipe: str, folder: Path, overrides: list[str], kills: int, s
     chance = random.Random(seed)
     for number in range(1, kills + 1):
         process = start(recipe, folder, overrides)
-        # a rerun spends some seconds on imports before it goes on, so short waits would only hit those
-        wait = chance.uniform(5, 5 + 2 * seconds / kills)
+        # a rerun spends some seconds on imports before it goes on, so shorter waits would only hit those
+        wait = chance.uniform(5, 5 + 1.3 * seconds / kills)
         begin = time.monotonic()
         while time.monotonic() - begin < wait and process.poll() is None:
             time.sleep(0.05)
