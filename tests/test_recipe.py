@@ -60,7 +60,7 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("path: a.txt", "path: a.txt, hub: x/y", "give exactly one of path, hub, miniature, replay"),
-        ("model: somewhere/model", "model: a/b, trust_remote_code: true", "pin its commit with base.revision"),
+        ("model: somewhere/model", "model: a/b, recipe: quickstart", "exactly one of model, recipe, scratch"),
         ("train: {input_rows: new}", "train: {}", "trains nothing"),
         ("train: {input_rows: new}", "train: {layers: lora}", "belong together"),
         ("name: one,", "name: one, data: {kor: 1},", "no such source or language"),

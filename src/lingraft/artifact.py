@@ -7,6 +7,7 @@ its place therefore is always whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,6 +104,7 @@ class Hashes:
         return {path.name: self.file(path) for path in sorted(paths)}
 
     def save(self) -> None:
-        """Write the memory of hashes beside the run."""
+        """Write the memory of hashes beside the run; in a folder that can't be written it is only forgotten."""
         if self.memory:
-            write_json(self.memory, self.known)
+            with contextlib.suppress(OSError):
+                write_json(self.memory, self.known)

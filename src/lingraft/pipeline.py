@@ -478,7 +478,7 @@ def open_run(run: Path) -> Plan:
     """
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: not a run folder (no recipe.yaml in it); give the folder that `lingraft run` made")
-    return make_plan(load(run / "recipe.yaml"), run)
+    return make_plan(load(run / "recipe.yaml"), run, download=False)
 
 
 def stage_entries(steps: Sequence[Step]) -> list[Step]:

@@ -82,15 +82,12 @@ class Base(Strict):
     revision: str | None = None
     recipe: str | None = None
     scratch: Scratch | None = None
-    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _one_origin(self) -> Base:
         given = [k for k in ("model", "recipe", "scratch") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of model, recipe, scratch (given: {', '.join(given) or 'none'})")
-        if self.trust_remote_code and not self.revision:
-            raise ValueError("trust_remote_code runs the repository's own code: pin its commit with base.revision")
         return self
 
 

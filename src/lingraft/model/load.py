@@ -112,7 +112,6 @@ def load(
     folder: Path,
     dtype: torch.dtype | None = None,
     quantise: str = "none",
-    remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint folder, in its own architecture (text or multimodal), in evaluation mode.
 
@@ -128,9 +127,12 @@ def load(
     config = read_config(folder)
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
-    if remote_code or kind is None:
-        kind = transformers.AutoModelForCausalLM
-    extra: dict[str, Any] = {"trust_remote_code": True} if remote_code else {}
+    if kind is None:
+        raise ModelError(
+            f"{folder}/config.json: the architecture {name!r} is not one of transformers; models that bring their own "
+            "code are not supported"
+        )
+    extra: dict[str, Any] = {}
     if quantise == "nf4":
         extra["quantization_config"] = _nf4(dtype or torch.bfloat16)
     try:

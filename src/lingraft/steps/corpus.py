@@ -130,7 +130,7 @@ def _replay(context: Context, source: Source) -> Iterable[dict[str, Any]]:
     settings = source.replay if isinstance(source.replay, Replay) else Replay()
     folder = context.base.folder
     texts = sample_texts(
-        load(folder, remote_code=context.recipe.base.trust_remote_code),
+        load(folder),
         load_tokenizer(folder),
         documents=settings.documents,
         max_tokens=settings.max_tokens,

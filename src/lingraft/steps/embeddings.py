@@ -30,7 +30,7 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     """Write the grafted checkpoint into `out`; returns statistics by method."""
     settings = context.recipe.embeddings
     base_folder = context.base.folder
-    model = models.load(base_folder, remote_code=context.recipe.base.trust_remote_code)
+    model = models.load(base_folder)
     base_shape = {"parameters": sum(p.numel() for p in model.parameters()), "tied": models.is_tied(model.config)}
     tokens = read_graft(context.tokenizer)
     ids = [token.id for token in tokens]

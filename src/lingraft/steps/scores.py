@@ -27,7 +27,7 @@ def run(context: Context, folder: Path, step: str, title: str, out: Path) -> dic
     begin = time.monotonic()
     recipe = context.recipe
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = to_device(load(folder, remote_code=recipe.base.trust_remote_code), device)
+    model = to_device(load(folder), device)
     tokenizer = load_tokenizer(folder)
     languages: dict[str, Any] = {}
     generations: dict[str, Any] = {}

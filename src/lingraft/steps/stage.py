@@ -37,7 +37,6 @@ def run(context: Context, stage: Stage, index: int, source: Path, out: Path, wor
         settings,
         lambda: make_batches(context, stage, settings, source),
         new_ids,
-        recipe.base.trust_remote_code,
     )
     log = result.loop.log
     write_json(out / "log.json", log)

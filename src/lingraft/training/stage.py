@@ -43,7 +43,6 @@ def run_stage(
     settings: StageSettings,
     batches: Callable[[], Batches],
     new_ids: list[int],
-    remote_code: bool = False,
 ) -> StageResult:
     """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
 
@@ -57,13 +56,13 @@ def run_stage(
     torch.manual_seed(settings.seed)
     accelerator = Accelerator()
     quantise = settings.lora.quantise if settings.lora else "none"
-    model = load(source, remote_code=remote_code)
+    model = load(source)
     before = fingerprint(model, new_ids)
     dtype = DTYPES[settings.precision]
     in_place = quantise == "none" and all(p.dtype == dtype for p in model.parameters())
     if not in_place:
         del model  # never two of them in memory
-        model = load(source, dtype, quantise, remote_code)
+        model = load(source, dtype, quantise)
     if quantise == "none":
         to_device(model, accelerator.device)
 
@@ -79,7 +78,7 @@ def run_stage(
         final = to_device(model, "cpu")
     else:
         del model, trained
-        final = load(source, remote_code=remote_code)
+        final = load(source)
     changes.apply(final)
 
     after = fingerprint(final, new_ids)
