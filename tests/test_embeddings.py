@@ -51,6 +51,6 @@ def test_a_dictionary_term_takes_its_translations_tokens() -> None:
         lambda token: 1 if token < 13 else 3,
     )
     assert [p.origin for p in parts] == ["dictionary", "dictionary", "subwords"]
-    assert parts[0].ids == [ord(c) for c in " pneumonia"]
+    assert parts[0].ids == [ord(c) for c in "pneumonia"]
     assert parts[2].ids == [13]
     assert parts[2].lengths == [3]

@@ -24,6 +24,9 @@ def test_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     seconds = time.monotonic() - begin
     assert done.returncode == 0, done.stderr
     assert "miniature" in done.stdout
+    assert seconds < 8 * 60
+    stages = (json.loads(p.read_text())["results"] for p in (tmp_path / "run").glob("*-stage-*/manifest.json"))
+    assert max(stage["peak_memory_gb"] for stage in stages) < 3
     print(done.stdout[-1500:], f"{seconds:.0f} s")
     entries = json.loads((tmp_path / "run" / "scoreboard.json").read_text())["entries"]
     base, final = entries[0], entries[-1]
@@ -50,8 +53,10 @@ def test_real_model_learns_real_korean(tmp_path: Path, shared_data: Path, monkey
     """`recipes/stories-korean.yaml`: a real trained English model and real Korean text."""
     monkeypatch.setenv("LINGRAFT_DATA", str(shared_data))
     command = [sys.executable, "-m", "lingraft.cli", "run", "stories-korean", "--run-dir", str(tmp_path / "run")]
+    begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 15 * 60
     entries = json.loads((tmp_path / "run" / "scoreboard.json").read_text())["entries"]
     base, final = entries[0]["languages"], entries[-1]["languages"]
     assert base["ko"]["tokens_per_character"] >= 2.5 * final["ko"]["tokens_per_character"]

@@ -79,6 +79,14 @@ def test_all_faults_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
         ("name: small", "name: small\nname: again", "stands twice"),
         ("name: small", "name: ${LINGRAFT_NOT_SET}", "LINGRAFT_NOT_SET is not set"),
         ("name: small", "name: [small", "not valid YAML"),
+        ("name: small", "name: !!int abc", "not valid YAML"),
+        ("name: small", "name: \x07", "not valid YAML"),
+        ("name: small", "? [a, b]\n: c\nname: small", "a key must be a word"),
+        ("name: one,", "name: one, gate: {english_accuracy_drop: 0.1},", "evaluate.questions has no set"),
+        ("name: one,", "name: one, gate: {english_bpb_rise: 0.1},", "no text in that language is held out"),
+        ("name: one,", "name: one, data: {},", "at least 1 item"),
+        ("name: one,", "name: one, sequence_length: 1,", "greater than or equal to 8"),
+        ("new_tokens: 10", "new_tokens: true", "true is not a count"),
     ],
 )
 def test_fault(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -115,7 +123,7 @@ def test_preset_with_overrides_and_defaults(tmp_path: Path) -> None:
 
 
 def test_override_errors(tmp_path: Path) -> None:
-    assert "no item 'new-row'; did you mean 'one'" not in faults(tmp_path, MINIMAL, "stages.new-row.tokens=1")[0]
+    assert "stages has no item 'new-row'" in faults(tmp_path, MINIMAL, "stages.new-row.tokens=1")[0]
     assert "write it as key.key=value" in faults(tmp_path, MINIMAL, "nonsense")[0]
     assert "unknown preset 'eve'; did you mean 'eeve'?" in faults(tmp_path, MINIMAL, "stages=eve")[0]
 

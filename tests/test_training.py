@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_untied_stage_changes_exactly_what_it_should(
 ) -> None:
     source = checkpoint(tmp_path, tiny_tokenizer, family, tied=False)
     changes, expected = SEVEN[stage]
-    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, **changes), batches, NEW_IDS)
+    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, **changes), batches(), NEW_IDS)
     found = changed_parts(source, tmp_path / "out")
     assert {ending for ending in expected if any(name.endswith(ending) for name in found)} == expected
     assert all(any(name.endswith(ending) for ending in expected) for name in found), found
@@ -130,7 +131,7 @@ def test_tied_stage_changes_exactly_what_it_should(
     source = checkpoint(tmp_path, tiny_tokenizer, family, tied=True)
     changes, expected = SEVEN[stage]
     tied_expected = {name.replace("lm_head", "embed_tokens") for name in expected}
-    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, **changes), batches, NEW_IDS)
+    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, **changes), batches(), NEW_IDS)
     found = changed_parts(source, tmp_path / "out")
     assert {ending for ending in tied_expected if any(name.endswith(ending) for name in found)} == tied_expected
     assert all(any(name.endswith(ending) for ending in tied_expected) for name in found), found
@@ -152,14 +153,14 @@ def test_the_products_own_proof_catches_a_drifting_row(
 
     monkeypatch.setattr("lingraft.training.stage.train", drifting)
     with pytest.raises(AssertionError, match="frozen tensors"):
-        run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches, NEW_IDS)
+        run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches(), NEW_IDS)
 
 
 def test_lora_over_4_bits_merges_into_the_full_weights(tmp_path: Path, tiny_tokenizer: Path) -> None:
     pytest.importorskip("bitsandbytes")
     source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=False)
     settings = replace(SETTINGS, layers="lora", lora=replace(LORA, quantise="nf4"))
-    run_stage(source, tmp_path / "out", tmp_path, settings, batches, NEW_IDS)
+    run_stage(source, tmp_path / "out", tmp_path, settings, batches(), NEW_IDS)
     found = changed_parts(source, tmp_path / "out")
     assert found
     assert all(name.endswith(PROJECTIONS) for name in found)
@@ -168,7 +169,7 @@ def test_lora_over_4_bits_merges_into_the_full_weights(tmp_path: Path, tiny_toke
 def test_bf16_training_of_fp32_weights_leaves_frozen_ones_exact(tmp_path: Path, tiny_tokenizer: Path) -> None:
     source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=False)
     settings = replace(SETTINGS, input_rows="new", precision="bf16")
-    run_stage(source, tmp_path / "out", tmp_path, settings, batches, NEW_IDS)
+    run_stage(source, tmp_path / "out", tmp_path, settings, batches(), NEW_IDS)
     assert {name.rpartition(".embed")[2] for name in changed_parts(source, tmp_path / "out")} == {
         "_tokens.weight[new rows]"
     }
@@ -177,7 +178,7 @@ def test_bf16_training_of_fp32_weights_leaves_frozen_ones_exact(tmp_path: Path, 
 def test_training_lowers_the_loss(tmp_path: Path, tiny_tokenizer: Path) -> None:
     source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=True)
     settings = replace(SETTINGS, input_rows="all", output_rows="all", layers="all")
-    result = run_stage(source, tmp_path / "out", tmp_path, settings, lambda: batches(epochs=8), NEW_IDS)
+    result = run_stage(source, tmp_path / "out", tmp_path, settings, batches(epochs=8), NEW_IDS)
     assert result.loop.log[-1]["loss"] < result.loop.log[0]["loss"] - 0.5
 
 
@@ -274,7 +275,7 @@ def test_gradient_is_the_mean_over_tokens_however_it_is_split(tmp_path: Path, ti
     for number, size in enumerate((1, 2, 4)):
         work = tmp_path / str(number)
         work.mkdir()
-        result = run_stage(source, work / "out", work, settings, lambda s=size: batches(batch_size=s), NEW_IDS)
+        result = run_stage(source, work / "out", work, settings, batches(batch_size=size), NEW_IDS)
         losses.append([entry["loss"] for entry in result.loop.log])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
@@ -297,7 +298,7 @@ def test_interrupted_stage_resumes_to_the_same_bits(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_stage(source, whole / "out", whole, settings, batches, NEW_IDS)
+    run_stage(source, whole / "out", whole, settings, batches(), NEW_IDS)
 
     true_step = Batches.step
 
@@ -308,10 +309,10 @@ def test_interrupted_stage_resumes_to_the_same_bits(
 
     monkeypatch.setattr(Batches, "step", failing)
     with pytest.raises(RuntimeError, match="power cut"):
-        run_stage(source, broken / "out", broken, replace(settings, checkpoint_seconds=1e-9), batches, NEW_IDS)
+        run_stage(source, broken / "out", broken, replace(settings, checkpoint_seconds=1e-9), batches(), NEW_IDS)
     monkeypatch.setattr(Batches, "step", true_step)
     assert (broken / "checkpoint-3").is_dir()
-    result = run_stage(source, broken / "out", broken, settings, batches, NEW_IDS)
+    result = run_stage(source, broken / "out", broken, settings, batches(), NEW_IDS)
     assert changed_parts(whole / "out", broken / "out") == set()
     assert len(result.loop.log) == result.loop.steps
 
@@ -324,11 +325,11 @@ def test_damaged_newest_checkpoint_falls_back(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_stage(source, whole / "out", whole, settings, batches, NEW_IDS)
-    run_stage(source, broken / "out", broken, settings, batches, NEW_IDS)
+    run_stage(source, whole / "out", whole, settings, batches(), NEW_IDS)
+    run_stage(source, broken / "out", broken, settings, batches(), NEW_IDS)
     newest = max(broken.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (newest / "state.safetensors").write_bytes(b"cut short")
-    run_stage(source, broken / "again", broken, settings, batches, NEW_IDS)
+    run_stage(source, broken / "again", broken, settings, batches(), NEW_IDS)
     assert "damaged" in capsys.readouterr().out
     assert changed_parts(whole / "out", broken / "again") == set()
 
@@ -340,7 +341,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_documents(tmp_path: Path, t
         input_matrix(model)[300] = math.nan
     model.save_pretrained(source)
     with pytest.raises(TrainingError, match=r"stage test, step \d: the loss is nan.* read d#\d+, .*learning_rate"):
-        run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches, NEW_IDS)
+        run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches(), NEW_IDS)
 
 
 def test_exploding_loss_stops() -> None:
@@ -373,9 +374,50 @@ def test_final_folder_loads_with_plain_transformers(tmp_path: Path, tiny_tokeniz
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=False)
-    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches, NEW_IDS)
+    run_stage(source, tmp_path / "out", tmp_path, replace(SETTINGS, input_rows="new"), batches(), NEW_IDS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     encoded = tokenizer("Pneumonia is", return_tensors="pt")
     assert model.generate(**encoded, max_new_tokens=3, do_sample=False).shape[1] > encoded["input_ids"].shape[1]
     assert len(load_tokenizer(tmp_path / "out")) <= input_matrix(model).shape[0]
+
+
+def test_bf16_checkpoint_keeps_its_precision_whatever_trains(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=True)
+    load(source).bfloat16().save_pretrained(source)
+    for precision in ("bf16", "fp32"):
+        settings = replace(SETTINGS, precision=precision, input_rows="new", layers="all")
+        run_stage(source, tmp_path / precision, tmp_path, replace(settings, name=precision), batches(), NEW_IDS)
+        stored = load_file(tmp_path / precision / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert changed_parts(source, tmp_path / precision)
+        for old in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(old)
+
+
+def test_every_stretch_of_a_stage_has_the_mixture() -> None:
+    def group(name: str, count: int) -> list[Encoded]:
+        return [Encoded(np.zeros(20, np.int32), np.ones(20, bool), name) for _ in range(count)]
+
+    laid_out = Batches(
+        {"ko": group("ko", 90), "en": group("en", 90)},
+        {"ko": 0.75, "en": 0.25},
+        sequence_length=100,
+        batch_size=2,
+        rows_per_step=8,
+        pad=0,
+        bos=2,
+        seed=0,
+        budget_tokens=16_000,
+    )
+    assert len(laid_out) == 20
+    for step in range(20):
+        origins = [origin for batch in laid_out.step(step) for origin in batch.origins]
+        assert origins.count("ko") / len(origins) == pytest.approx(0.75, abs=0.06)
+
+
+def test_padding_is_not_counted_as_tokens() -> None:
+    one, two = documents(2, 30)
+    batch = to_micro_batch([[one, two], [Encoded(two.ids[:7], two.learnt[:7], "short")]], pad=0)
+    assert batch.input_ids_BT.shape == (2, 60)
+    assert batch.size == 67

@@ -100,8 +100,8 @@ class Hashes:
         return digest
 
     def files(self, paths: Iterable[Path]) -> dict[str, str]:
-        """Hashes of several files, by name."""
-        return {path.name: self.file(path) for path in sorted(paths)}
+        """Hashes of several files in their order, by place and name (two folders may hold files of one name)."""
+        return {f"{place}/{path.name}": self.file(path) for place, path in enumerate(paths)}
 
     def save(self) -> None:
         """Write the memory of hashes beside the run; in a folder that can't be written it is only forgotten."""

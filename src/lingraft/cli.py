@@ -35,6 +35,12 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; finished steps are kept, and the same command goes on from there", 130)
         except Exception as error:
+            if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's own is not imported here
+                _fail(
+                    "out of memory; finished steps are kept: set a smaller batch_size or sequence_length, or "
+                    "gradient_checkpointing: true, under training in the recipe, and give the same command again",
+                    2,
+                )
             number = _system_errno(error)
             if number is None:
                 raise

@@ -30,7 +30,7 @@ from lingraft.progress import say
 from lingraft.recipe import Recipe, Stage, dump, find, load
 from lingraft.report import write as write_report
 from lingraft.steps import corpus, embeddings, final, new_base, scores, stage, tokenizer
-from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub
+from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub, pin_base
 from lingraft.steps.base import check as check_base
 from lingraft.steps.context import Context, stage_folder
 from lingraft.steps.new_base import make_config
@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, run: Path, download: bool = True) -> Plan:
         tied = is_tied(make_config(recipe.base.scratch))
     else:
         try:
-            base = from_folder_or_hub(recipe, hashes, weights=download)
+            base = from_folder_or_hub(recipe, run, hashes, weights=download)
             tied = is_tied(read_config(base.folder))
         except HubUnreachable as error:
             if download:
@@ -258,6 +258,7 @@ def run_recipe(recipe: Recipe, run: Path, command: str = "") -> RunResult:
     with _locked(run):
         plan = make_plan(recipe, run)
         write_text(run / "recipe.yaml", dump(recipe))
+        pin_base(run, recipe, plan.base)
         if plan.base_plan is not None:
             _run_base(plan.base_plan, recipe)
         if not recipe.base.scratch:
@@ -360,7 +361,12 @@ def _summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
         return [
             f"  {results['trains']}: loss {results['first_loss']:.3f} → {results['last_loss']:.3f}, "
             f"{results['tokens']:,} tokens in {seconds:.0f} s ({results['tokens_per_second']:,.0f}/s); "
-            f"{results['unchanged_tensors']} tensors proven unchanged"
+            f"{results['unchanged_tensors']} tensors proven unchanged",
+            *(
+                [f"  {results['chats_left_out']:,} chats left out: longer than sequence_length"]
+                if results["chats_left_out"]
+                else []
+            ),
         ]
     return []
 

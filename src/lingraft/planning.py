@@ -160,14 +160,14 @@ def run_status(run: Path) -> dict[str, Any]:
                 "seconds": manifest["seconds"] if manifest else None,
             }
         )
-    finished = all(step["state"] == "done" for step in steps)
-    return {
-        "name": plan.recipe.name,
-        "run": str(run),
-        "finished": finished,
-        "steps": steps,
-        "scoreboard": scoreboard(plan),
-    }
+    entries = scoreboard(plan)
+    finished = all(step["state"] == "done" for step in steps) and not gate_stopped(entries)
+    return {"name": plan.recipe.name, "run": str(run), "finished": finished, "steps": steps, "scoreboard": entries}
+
+
+def gate_stopped(entries: list[dict[str, Any]]) -> bool:
+    """Whether a stage's gate, as the recipe now has it, has failed."""
+    return any(entry["gate"] and not entry["gate"]["passed"] for entry in entries)
 
 
 def rewrite_report(run: Path) -> Path:
@@ -175,6 +175,6 @@ def rewrite_report(run: Path) -> Path:
     plan = open_run(run)
     entries = scoreboard(plan)
     finished = all(plan.state(step) == "done" for step in plan.steps)
-    stopped = bool(entries and entries[-1]["gate"] and not entries[-1]["gate"]["passed"])
-    publish_results(plan, "finished" if finished else "stopped by a gate" if stopped else "unfinished", "")
+    state = "stopped by a gate" if gate_stopped(entries) else "finished" if finished else "unfinished"
+    publish_results(plan, state, "")
     return run / "report.html"

@@ -34,6 +34,8 @@ def _count(value: Any) -> Any:
         if not match or (match[2] and match[2].lower() not in _UNITS):
             raise ValueError(f"{value!r} is not a count; write a whole number or one such as 200k, 50M, 1GB")
         return round(float(match[1].replace("_", "")) * _UNITS.get((match[2] or "").lower(), 1))
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is not a count; write a whole number")
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -41,6 +43,7 @@ def _count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+PartShare = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -132,8 +135,6 @@ class Origin(Strict):
     encoding: str | None = None
     limit_documents: Count | None = None
 
-    _origins = ("path", "hub", "miniature")
-
     @model_validator(mode="after")
     def _one_origin(self) -> Origin:
         origins = ("path", "hub", "miniature", *(("replay",) if "replay" in type(self).model_fields else ()))
@@ -150,7 +151,7 @@ class Source(Origin):
     format: Literal["text", "chat", "questions"] = "text"
     documents: Literal["line", "paragraph", "file"] = "paragraph"
     weight: Positive = 1.0
-    held_out: Share | None = None
+    held_out: PartShare | None = None
     min_characters: Annotated[int, Field(ge=0)] = 1
     max_characters: Count | None = None
     min_script_share: Share = 0.3
@@ -175,7 +176,7 @@ class Dictionary(Strict):
 
 class Corpus(Strict):
     sources: Annotated[list[Source], Field(min_length=1)]
-    held_out: Share = 0.05
+    held_out: PartShare = 0.05
     max_held_out_documents: Count = 500
     decontaminate: bool = True
     save_rejects: bool = False
@@ -220,14 +221,14 @@ class Settings(Strict):
     embedding_learning_rate: Positive | None = None
     epochs: Positive | None = None
     tokens: Count | None = None
-    sequence_length: Count = 2048
+    sequence_length: Annotated[Count, Field(ge=8)] = 2048
     batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
     precision: Literal["fp32", "bf16"] = "bf16"
     warmup: Share = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[PartShare, PartShare] = (0.9, 0.95)
     clip: Positive = 1.0
     gradient_checkpointing: bool = True
     checkpoint_seconds: Positive = 600
@@ -239,7 +240,7 @@ class Stage(Settings):
     name: Name
     train: Trains
     lora: Lora | None = None
-    data: dict[str, Positive] | None = None
+    data: Annotated[dict[str, Positive], Field(min_length=1)] | None = None
     format: Literal["text", "chat"] = "text"
     gate: dict[str, float] = {}
 
@@ -269,7 +270,7 @@ class Questions(Origin):
 class Evaluate(Strict):
     max_documents: Count = 200
     max_document_characters: Count = 20_000
-    span_bytes: Count = 480
+    span_bytes: Annotated[Count, Field(ge=4)] = 480
     questions: list[Questions] = []
     generation: Generation = Generation()
 
@@ -302,6 +303,7 @@ class Recipe(Strict):
             ]
         if self.tokenizer and self.base.scratch:
             faults.append("tokenizer: a base from scratch has its vocabulary under base.scratch.tokenizer")
+        faults = faults or list(_unmeasured_gates(self))
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -372,6 +374,25 @@ def _unknown_gates(recipe: Recipe) -> Iterable[str]:
                 yield f"stages[{i}].gate.{key}: unknown gate{did_you_mean(key, examples)}; known: {', '.join(examples)}"
 
 
+def _unmeasured_gates(recipe: Recipe) -> Iterable[str]:
+    """Gates that could only be found impossible after their stage has trained."""
+    asked = {questions.language for questions in recipe.evaluate.questions}
+    measured = {
+        source.language
+        for source in recipe.corpus.sources
+        if source.format == "text" and (recipe.corpus.held_out if source.held_out is None else source.held_out) > 0
+    }
+    for i, stage in enumerate(recipe.stages):
+        for key in stage.gate:
+            language, metric = parse_limit(key)
+            if recipe.base.scratch:
+                yield f"stages[{i}].gate.{key}: a base from scratch has no scores to compare with; remove the gate"
+            elif metric == "accuracy_drop" and language not in asked:
+                yield f"stages[{i}].gate.{key}: evaluate.questions has no set in that language; add one"
+            elif metric == "bpb_rise" and language not in measured:
+                yield f"stages[{i}].gate.{key}: no text in that language is held out; add some or remove the gate"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for a near miss, else the empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
@@ -425,6 +446,8 @@ def _fill_variables(loader: _Loader, node: yaml.Node, name: str) -> None:
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{name}:{key.start_mark.line + 1}: a key must be a word")
             if key.value in seen:
                 raise RecipeError(f"{name}:{key.start_mark.line + 1}: the key {key.value!r} stands twice; keep one")
             seen.add(key.value)
@@ -451,7 +474,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], 
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: the recipe is not UTF-8 text; save it as UTF-8") from error
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a control character, say
+        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -462,6 +488,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], 
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     finally:
         loader.dispose()
 
@@ -490,9 +518,9 @@ def expand_stages(stages: Any) -> list[Any]:
         if unknown:
             raise RecipeError(f"stages: unknown key {sorted(unknown)[0]!r} beside preset; known: override, every")
         name = item["preset"]
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise RecipeError(
-                f"stages: unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}"
+                f"stages: unknown preset {name!r}{did_you_mean(str(name), PRESETS)}; known: {', '.join(PRESETS)}"
             )
         override = item.get("override") or {}
         preset = deepcopy(PRESETS[name])

@@ -39,7 +39,7 @@ CURES = {
     "no keyword": "check `keywords`",
     "duplicate": "another source holds the same documents: take one of the two out",
     NO_ANSWER: "a chat needs an assistant's message",
-    OVERLAP: "raise `overlap_share`, or lower `held_out`",
+    OVERLAP: "set `corpus.decontaminate: false`, or lower `held_out`",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
+import httpx
 from datasets import IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
@@ -12,7 +13,7 @@ from lingraft.corpus.records import Format, Record, columns_of, to_records
 from lingraft.errors import CorpusError
 
 # What `datasets` raises for names, splits, access, networks and damaged files (Arrow's are ValueErrors).
-FAULTS = (DatasetsError, OSError, ValueError, RuntimeError)
+FAULTS = (DatasetsError, httpx.HTTPError, OSError, ValueError, RuntimeError)
 
 
 def read_hub(

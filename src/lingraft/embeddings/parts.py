@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-WORD_START = "▁Ġ "
+WORD_START = "▁ "
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,14 @@ def find_parts(
         texts: the tokens' readable text, word-start space included.
         decompositions: their ids in the old tokenizer.
         dictionary: target-language term → old-language translation.
-        encode: the old tokenizer on plain text, without special tokens.
+        encode: the old tokenizer on a term as it stands inside a sentence, with the space before it.
         byte_length: bytes that an old token spells.
     """
     found = []
     for text, decomposition in zip(texts, decompositions, strict=True):
         translation = dictionary.get(text.strip(WORD_START))
         if translation:
-            # the form it has inside a sentence: with the space before it
-            ids, origin = encode(" " + translation), "dictionary"
+            ids, origin = encode(translation), "dictionary"
         else:
             ids, origin = list(decomposition), "subwords"
         found.append(Parts(ids, [max(byte_length(i), 1) for i in ids], origin))

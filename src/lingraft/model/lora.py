@@ -16,6 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lingraft.errors import ModelError
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -32,6 +34,11 @@ def add_lora(
     B zero: the model's output is unchanged at first.
     """
     names = target_modules(model, targets)
+    if not names:
+        raise ModelError(
+            f"lora.targets: the model has no linear module named {', '.join(targets)}; "
+            "leave targets out for the usual ones"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

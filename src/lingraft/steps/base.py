@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingraft.artifact import Hashes, key_of
+from lingraft.artifact import Hashes, key_of, write_json
 from lingraft.errors import ModelError
 from lingraft.model import load as models
 from lingraft.recipe import Recipe
 from lingraft.tokenizer.load import load as load_tokenizer
 
+PINNED = "base.json"
 WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 
 
@@ -36,7 +38,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lingraft"
 
 
-def from_folder_or_hub(recipe: Recipe, hashes: Hashes, weights: bool = True) -> Base:
+def from_folder_or_hub(recipe: Recipe, run: Path, hashes: Hashes, weights: bool = True) -> Base:
     """The base named by `base.model`: a local folder where one exists, else a hub repository.
 
     Raises:
@@ -45,14 +47,34 @@ def from_folder_or_hub(recipe: Recipe, hashes: Hashes, weights: bool = True) -> 
     name = recipe.base.model or ""
     local = recipe.path(name)
     if local.is_dir():
-        files = [p for pattern in WANTED for p in local.glob(pattern)]
+        files = sorted(p for pattern in WANTED for p in local.glob(pattern))
         return Base(local, key_of(files=hashes.files(files)), name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"base.model: no such folder {local}; give a model folder or a hub id such as google/gemma-3-270m"
         )
-    folder = fetch(name, recipe.base.revision, weights)
+    pinned = pinned_base(run, name, recipe.base.revision)
+    try:
+        folder = fetch(name, pinned["commit"] if pinned else recipe.base.revision, weights)
+    except HubUnreachable:
+        if weights or not pinned:
+            raise
+        folder = Path(pinned["folder"])
     return Base(folder, key_of(repository=name, commit=folder.name), name)
+
+
+def pinned_base(run: Path, repository: str, revision: str | None) -> dict[str, str] | None:
+    """The hub commit that this run began with: a repository that moves on must not make finished stages stale."""
+    path = run / PINNED
+    pinned = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return pinned if pinned and (pinned["repository"], pinned["revision"]) == (repository, revision) else None
+
+
+def pin_base(run: Path, recipe: Recipe, base: Base) -> None:
+    """Note the hub commit that the run starts from, for every later command on the same run folder."""
+    if recipe.base.model and not recipe.path(recipe.base.model).is_dir():
+        noted = {"repository": recipe.base.model, "revision": recipe.base.revision}
+        write_json(run / PINNED, noted | {"commit": base.folder.name, "folder": str(base.folder)})
 
 
 def check(folder: Path) -> None:
@@ -71,6 +93,7 @@ def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:
     Raises:
         ModelError: unknown, gated, or out of reach, with the cure.
     """
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -91,7 +114,7 @@ def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:
             f"base.model: no folder and no public repository named {repository}; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise HubUnreachable(
             f"base.model: {repository} is not a local folder, and the hub can't be reached; "
             "download it where there is a network and set base.model to its folder"

@@ -14,7 +14,10 @@ from lingraft.corpus.hub import hub_rows, read_hub
 from lingraft.corpus.questions import Question, to_questions
 from lingraft.corpus.read import read
 from lingraft.corpus.records import to_records
+from lingraft.errors import CorpusError
+from lingraft.languages import LANGUAGE_NAMES
 from lingraft.miniature import sets as miniature
+from lingraft.progress import say
 from lingraft.prompts import LETTERS, multiple_choice_prompt
 from lingraft.recipe import Origin, Recipe, Replay, Source
 from lingraft.steps.context import Context
@@ -46,8 +49,24 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
         overlap_words=13 if recipe.corpus.decontaminate else None,
         save_rejects=recipe.corpus.save_rejects,
     )
+    for language in context.languages():
+        _require_held_out(recipe, counts, language)
     replayed = [source.name for source in recipe.corpus.sources if source.replay]
     return {"sources": counts, "replayed_from_base": replayed}
+
+
+def _require_held_out(recipe: Recipe, counts: dict[str, dict[str, Any]], language: str) -> None:
+    """Nothing can be measured in a language without held-out text: an error for the target, else a line."""
+    texts = [s for s in recipe.corpus.sources if s.language == language and s.format == "text"]
+    if any(counts[s.name]["held_out"]["documents"] for s in texts):
+        return
+    name = LANGUAGE_NAMES.get(language, language)
+    if language == recipe.languages.target and texts:
+        raise CorpusError(
+            f"corpus: no {name} text is held out, so nothing could be measured on it; raise corpus.held_out, or split "
+            "the text into more documents"
+        )
+    say(f"  no {name} text is held out: what it costs or gains in {name} text is not measured", style="yellow")
 
 
 def _records(context: Context, source: Source, where: str) -> Callable[[], Iterable[dict[str, Any]]]:

@@ -12,8 +12,10 @@ from lingraft.artifact import Hashes
 from lingraft.embeddings.parts import Parts, find_parts, first_translation
 from lingraft.embeddings.rules import RULES, calibrate_norm, median_norm
 from lingraft.errors import CorpusError
+from lingraft.miniature.sets import source_files as miniature_files
 from lingraft.model import load as models
 from lingraft.model.fingerprint import differences, fingerprint
+from lingraft.progress import say
 from lingraft.recipe import Dictionary, Recipe
 from lingraft.steps.context import Context
 from lingraft.tokenizer.graft import GraftedPiece, read_graft
@@ -102,10 +104,12 @@ def _largest_difference(before: list[torch.Tensor], after: list[torch.Tensor]) -
 
 
 def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
-    """Hash of the dictionary file, if there is one."""
+    """Hash of the dictionary, if there is one."""
     dictionary = recipe.embeddings.dictionary
-    if dictionary is None or dictionary.path is None:
+    if dictionary is None:
         return {}
+    if dictionary.path is None:
+        return hashes.files(miniature_files())
     path = recipe.path(dictionary.path)
     if not path.is_file():
         raise CorpusError(f"embeddings.dictionary.path: no such file {path}; paths are relative to the recipe")
@@ -121,13 +125,22 @@ def parts_of(recipe: Recipe, base_folder: Path, tokens: list[GraftedPiece]) -> l
     """What each new token is made of in the old vocabulary, dictionary included."""
     base = load_tokenizer(base_folder)
     pairs = dictionary_pairs(recipe, recipe.embeddings.dictionary) if recipe.embeddings.dictionary else []
-    return find_parts(
-        [token.piece for token in tokens],
+
+    def inside_a_sentence(text: str) -> list[int]:
+        if base.kind == "sentencepiece":  # as a spelling: some normalisers would put a second space before it
+            return base.segment(["▁" + text.replace(" ", "▁")])[0]
+        return base.encode([f" {text}"])[0]
+
+    parts = find_parts(
+        [to_bytes(token.piece, base.kind).decode(errors="replace") for token in tokens],
         [token.base_ids for token in tokens],
         first_translation(pairs),
-        lambda text: base.encode([text])[0],
+        inside_a_sentence,
         lambda token_id: len(to_bytes(base.piece_of[token_id], base.kind)),
     )
+    if pairs and not any(part.origin == "dictionary" for part in parts):
+        say(f"  none of the dictionary's {len(pairs):,} terms is a new token: it changes nothing", style="yellow")
+    return parts
 
 
 def dictionary_pairs(recipe: Recipe, dictionary: Dictionary) -> list[tuple[str, str]]:

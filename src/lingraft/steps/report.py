@@ -106,6 +106,7 @@ def _corpus(plan: Plan, result: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _gate_detail(entries: list[dict[str, Any]]) -> str:
-    last = entries[-1]
-    checks = [c for c in (last["gate"] or {"checks": []})["checks"] if not c["passed"]]
-    return f"{last['title']}: " + "; ".join(f"{c['name']} {c['value']:+.4f}, allowed {c['limit']:+.4f}" for c in checks)
+    stopped = next(entry for entry in entries if entry["gate"] and not entry["gate"]["passed"])
+    failed = (check for check in stopped["gate"]["checks"] if not check["passed"])
+    reasons = "; ".join(f"{c['name']} {c['value']:+.4f}, allowed {c['limit']:+.4f}" for c in failed)
+    return f"{stopped['title']}: {reasons}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ def run(context: Context, stage: Stage, index: int, source: Path, out: Path, wor
     recipe = context.recipe
     settings = stage_settings(recipe, stage, index, source)
     new_ids = new_token_ids(source)
+    batches, left_out = make_batches(context, stage, settings, source)
     result = run_stage(
         source,
         out,
         work,
         settings,
-        lambda: make_batches(context, stage, settings, source),
+        batches,
         new_ids,
     )
     log = result.loop.log
@@ -48,6 +48,7 @@ def run(context: Context, stage: Stage, index: int, source: Path, out: Path, wor
         "learning_rate": settings.learning_rate,
         "tokens": result.loop.tokens,
         "steps": result.loop.steps,
+        "chats_left_out": left_out,
         "seconds": result.loop.seconds,
         "tokens_per_second": result.loop.tokens / max(result.loop.seconds, 1e-9),
         "peak_memory_gb": result.loop.peak_memory_gb,
@@ -94,28 +95,41 @@ def stage_settings(recipe: Recipe, stage: Stage, index: int, source: Path) -> St
     )
 
 
-def make_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> Batches:
-    """Tokenise the stage's documents with the folder's tokenizer and lay out its batches."""
+def make_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> tuple[Batches, int]:
+    """Tokenise the stage's documents with the folder's tokenizer and lay out its batches.
+
+    A key of the stage's data that names a language shares its weight among that language's sources, in proportion to
+    their tokens times their own weight. A chat longer than a row is left out, never cut.
+
+    Returns:
+        The batches, and how many chats were left out.
+    """
     recipe = context.recipe
-    groups = {
-        key: [
-            document
-            for source in sources
-            for document in encoded(context.corpus, source.name, folder, stage.sequence_length)
-        ]
-        for key, sources in recipe.sources_for(stage).items()
-    }
-    for key, documents in groups.items():
-        if not documents:
-            raise CorpusError(
-                f"stage {stage.name}: nothing to train on from {key!r}: every document of it is longer than "
-                f"sequence_length {stage.sequence_length}, or it has none; raise sequence_length or change data"
-            )
     tokenizer = load_tokenizer(folder)
+    groups: dict[str, list[Encoded]] = {}
+    shares: dict[str, float] = {}
+    left_out = 0
+    for key, sources in recipe.sources_for(stage).items():
+        sizes: dict[str, float] = {}
+        for source in sources:
+            documents = list(_encode(context.corpus, source.name, tokenizer))
+            kept = [d for d in documents if source.format == "text" or len(d) <= stage.sequence_length]
+            left_out += len(documents) - len(kept)
+            if kept:
+                groups[source.name] = kept
+                sizes[source.name] = source.weight * sum(map(len, kept))
+        if not sizes:
+            raise CorpusError(
+                f"stage {stage.name}: nothing to train on from {key!r}: it has no document, or only chats longer than "
+                f"sequence_length {stage.sequence_length}; raise sequence_length or change data"
+            )
+        for name, size in sizes.items():
+            share = recipe.stage_data(stage)[key] * size / sum(sizes.values())
+            shares[name] = shares.get(name, 0.0) + share
     pad = tokenizer.pad_token_id
-    return Batches(
+    batches = Batches(
         groups,
-        recipe.stage_data(stage),
+        shares,
         sequence_length=stage.sequence_length,
         batch_size=stage.batch_size,
         rows_per_step=stage.batch_size * stage.gradient_accumulation_steps,
@@ -125,21 +139,7 @@ def make_batches(context: Context, stage: Stage, settings: StageSettings, folder
         budget_tokens=stage.tokens,
         epochs=stage.epochs,
     )
-
-
-def encoded(corpus: Path, source: str, folder: Path, sequence_length: int) -> list[Encoded]:
-    """A source's training documents as tokens. A chat that is longer than a row is left out, never cut."""
-    tokenizer_file = folder / "tokenizer.json"
-    documents = _encoded(corpus, source, folder, tokenizer_file.stat().st_mtime_ns)
-    return [d for d in documents if len(d) <= sequence_length or not d.origin.endswith(CHAT)]
-
-
-CHAT = " (chat)"
-
-
-@lru_cache(maxsize=32)  # consecutive stages read the same documents with the same tokenizer
-def _encoded(corpus: Path, source: str, folder: Path, stamp: int) -> list[Encoded]:
-    return list(_encode(corpus, source, load_tokenizer(folder)))
+    return batches, left_out
 
 
 def _encode(corpus: Path, source: str, tokenizer: Any) -> Iterator[Encoded]:
@@ -147,7 +147,7 @@ def _encode(corpus: Path, source: str, tokenizer: Any) -> Iterator[Encoded]:
     for document in read_documents(corpus, "train", source):
         if "messages" in document:
             ids, learnt = encode_chat(tokenizer, document["messages"])
-            yield Encoded(np.array(ids, np.int32), np.array(learnt), document["id"] + CHAT)
+            yield Encoded(np.array(ids, np.int32), np.array(learnt), document["id"])
             continue
         waiting.append(document)
         if len(waiting) == ENCODED_AT_ONCE:

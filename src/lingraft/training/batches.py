@@ -42,6 +42,7 @@ class MicroBatch:
     labels_BT: Tensor
     position_ids_BT: Tensor
     origins: tuple[str, ...]
+    size: int  # tokens without padding
 
     @property
     def tokens(self) -> int:
@@ -132,7 +133,8 @@ def to_micro_batch(rows: Sequence[Sequence[Encoded]], pad: int) -> MicroBatch:
             start = end
         positions[r, start:] = np.arange(width - start)
     origins = tuple(piece.origin for row in rows for piece in row)
-    return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), origins)
+    size = sum(len(piece) for row in rows for piece in row)
+    return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), origins, size)
 
 
 class Batches:
@@ -164,7 +166,6 @@ class Batches:
             budget_tokens = math.ceil(epoch_tokens(pieces, shares) * (epochs or 1))
         self.order = mixture(pieces, shares, budget_tokens, seed)
         self.rows = pack(self.order, sequence_length)
-        random.Random(f"{seed}/rows").shuffle(self.rows)
         self.tokens = sum(map(len, self.order))
         self.batch_size, self.rows_per_step, self.pad = batch_size, rows_per_step, pad
 

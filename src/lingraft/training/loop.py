@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -97,7 +98,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            tokens = sum(m.input_ids_BT.numel() for m in micro_batches)
+            tokens = sum(m.size for m in micro_batches)
             entry = {
                 "step": step,
                 "loss": loss,
@@ -109,8 +110,9 @@ def train(
             log_file.write(json.dumps(entry) + "\n")
             tick(tokens, loss=loss)
             now = time.monotonic()
-            if step + 1 < len(batches) and (stopped or now - last_saved > settings.checkpoint_seconds):
+            if stopped or (step + 1 < len(batches) and now - last_saved > settings.checkpoint_seconds):
                 log_file.flush()
+                os.fsync(log_file.fileno())
                 checkpoint.save(work, step + 1, parameters, inner)
                 last_saved = now
             if stopped:
@@ -147,7 +149,7 @@ def _share(micro_batches: list[MicroBatch], accelerator: Accelerator) -> list[Mi
     if len(mine) < math.ceil(len(micro_batches) / world):
         first = micro_batches[0]
         silent = torch.full_like(first.labels_BT, IGNORED)
-        mine.append(MicroBatch(first.input_ids_BT, silent, first.position_ids_BT, ()))
+        mine.append(MicroBatch(first.input_ids_BT, silent, first.position_ids_BT, (), 0))
     return mine
 
 
@@ -184,7 +186,9 @@ class LossWatch:
 def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
     """The log's first `steps` entries; later ones (written after the checkpoint we resume from) are cut off."""
     lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(beside, path)
     return [json.loads(line) for line in lines]
 
 

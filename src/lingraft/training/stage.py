@@ -6,7 +6,6 @@ that the stage does not train must have the hash it had before, or the stage fai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,23 +40,23 @@ def run_stage(
     out: Path,
     work: Path,
     settings: StageSettings,
-    batches: Callable[[], Batches],
+    batches: Batches,
     new_ids: list[int],
 ) -> StageResult:
     """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
 
     Args:
         work: holds the stage's own checkpoints; a killed stage goes on from there.
-        batches: makes the stage's batches (called once).
         new_ids: ids of the grafted tokens, whose rows are the "new" rows.
     Raises:
         TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
     """
     torch.manual_seed(settings.seed)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     quantise = settings.lora.quantise if settings.lora else "none"
     model = load(source)
     before = fingerprint(model, new_ids)
+    stored_dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     dtype = DTYPES[settings.precision]
     in_place = quantise == "none" and all(p.dtype == dtype for p in model.parameters())
     if not in_place:
@@ -69,7 +68,7 @@ def run_stage(
     trained = _Trained(model, settings, new_ids)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = train(NextTokenLoss(model), trained.groups(), trained.parameters, batches(), settings, work, accelerator)
+    loop = train(NextTokenLoss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
     model.gradient_checkpointing_disable()
     accelerator.free_memory()
     trainable = trained.sizes()
@@ -79,7 +78,7 @@ def run_stage(
     else:
         del model, trained
         final = load(source)
-    changes.apply(final)
+    changes.apply(final, stored_dtypes)
 
     after = fingerprint(final, new_ids)
     changed = differences(before, after)
@@ -100,8 +99,8 @@ class _Changes:
     layers: dict[str, nn.Parameter]
 
     @torch.no_grad()
-    def apply(self, model: PreTrainedModel) -> None:
-        """Write it into a model of the same shape, in the model's own precision."""
+    def apply(self, model: PreTrainedModel, stored_dtypes: dict[str, torch.dtype]) -> None:
+        """Write it into a model of the same shape, in the precision that the checkpoint is stored in."""
         if self.input_rows is not None:
             self.input_rows.write_to(input_matrix(model))
         if self.output_rows is not None:
@@ -109,7 +108,7 @@ class _Changes:
         merge(model, self.deltas)
         for name, value in self.layers.items():
             parameter = model.get_parameter(name)
-            parameter.data = value.detach().to(parameter.device, parameter.dtype)
+            parameter.data = value.detach().to(parameter.device, stored_dtypes[name])
 
 
 class _Trained:
