@@ -1,6 +1,6 @@
 """Kill a run at random moments with kill -9, and prove that the rerun ends in the same bits as an undisturbed run.
 
-    python tests/kill_resume.py [--recipe quickstart] [--kills 10] [--seed 0] [--set key=value …]
+    python tests/kill_resume.py [--recipe quickstart] [--kills 10] [--seed 0] [--base-cache DIR] [--set key=value …]
 
 Runs the recipe once undisturbed and once with `--kills` kills spread at random over the same length, each in folders
 (and a base cache) of its own, then compares every file of weights. Exit code 1 where they differ.
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,12 +75,15 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base-cache", type=Path, help="a finished base cache: spend all kills on what follows it")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch, "whole"), Path(scratch, "broken")
-        whole.mkdir()
-        broken.mkdir()
+        for folder in (whole, broken):
+            folder.mkdir()
+            if options.base_cache:
+                shutil.copytree(options.base_cache, folder / "cache")
         begin = time.monotonic()
         finish(start(options.recipe, whole, options.overrides), whole)
         seconds = time.monotonic() - begin

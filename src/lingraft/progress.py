@@ -18,14 +18,6 @@ PLAIN_INTERVAL_S = 10.0
 
 T = TypeVar("T")
 
-_quiet = False
-
-
-def set_quiet(quiet: bool) -> None:
-    """Silence `say` and every bar (for notebooks and for `--json`)."""
-    global _quiet
-    _quiet = quiet
-
 
 def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
@@ -33,7 +25,7 @@ def _main_process() -> bool:
 
 def say(message: str, style: str = "") -> None:
     """Print one line; `style` is a rich style and only shows on a terminal."""
-    if _quiet or not _main_process():
+    if not _main_process():
         return
     if sys.stdout.isatty():
         from rich.console import Console
@@ -54,7 +46,7 @@ Tick = Callable[..., None]
 @contextmanager
 def bar(description: str, total: float | None = None, unit: str = "") -> Iterator[Tick]:
     """Yield `tick(n, **fields)`: advance by `n` units and show the fields (loss, lr, …) beside the bar."""
-    if _quiet or not _main_process():
+    if not _main_process():
         yield lambda n=1, **fields: None
     elif sys.stdout.isatty():
         with _rich_bar(description, total, unit) as tick:

@@ -24,7 +24,6 @@ class Family:
     `llama_cpp_pre_tokenizer` is the name llama.cpp knows the family's byte-level pre-tokenizer by; its
     converter finds it by hashing a check text, which a graft can change, so it is given explicitly.
     SentencePiece tokenizers are always "default" there.
-    `needs_bos` says that the family was trained with BOS at the start of every text.
     """
 
     model_type: str
@@ -35,7 +34,6 @@ class Family:
     projections: tuple[str, ...] = LINEAR_PROJECTIONS
     vocab_size_keys: tuple[tuple[str, ...], ...] = (("vocab_size",),)
     llama_cpp_pre_tokenizer: str = "default"
-    needs_bos: bool = True
 
 
 _NESTED_VOCAB_SIZE = (("vocab_size",), ("text_config", "vocab_size"))
@@ -58,8 +56,8 @@ _ROWS = (
     # "llama" is SentencePiece up to Llama 2 and byte-level from Llama 3 on.
     Family("llama", llama_cpp_pre_tokenizer="llama-bpe"),
     Family("mistral", llama_cpp_pre_tokenizer="tekken"),
-    Family("qwen2", llama_cpp_pre_tokenizer="qwen2", needs_bos=False),
-    Family("qwen3", llama_cpp_pre_tokenizer="qwen2", needs_bos=False),
+    Family("qwen2", llama_cpp_pre_tokenizer="qwen2"),
+    Family("qwen3", llama_cpp_pre_tokenizer="qwen2"),
 )
 
 FAMILIES = {row.model_type: row for row in _ROWS}
