@@ -39,7 +39,7 @@ def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: 
         "language_names": {code: LANGUAGE_NAMES.get(code, code) for code in recipe.languages.model_dump().values()},
         "base": {"model": plan.base.label} | (embeddings["base"] if embeddings else {}),
         "final": {
-            "path": str(plan.run / "model"),
+            "path": "model/ beside this page",
             "parameters": embeddings["parameters"] if embeddings else None,
             "tied": embeddings["tied"] if embeddings else None,
             "vocabulary": results["02-tokenizer"]["vocabulary_after"] if embeddings else None,
