@@ -65,6 +65,6 @@ def test_help_is_quick() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets")
-    code = f"import sys, lingraft, lingraft.cli, lingraft.recipe; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, lingraft, lingraft.cli, lingraft.recipe_file; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.strip() == "[]"

@@ -8,7 +8,8 @@ import pytest
 
 from lingraft.errors import RecipeError
 from lingraft.presets import EEVE, collapse
-from lingraft.recipe import Recipe, built_in_names, dump, load
+from lingraft.recipe import Recipe
+from lingraft.recipe_file import built_in_names, dump, load
 
 MINIMAL = """
 name: small

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import lingraft
 from lingraft.miniature.sets import records
-from lingraft.recipe import built_in_names, dump, load
+from lingraft.recipe_file import built_in_names, dump, load
 
 Rows = list[dict[str, Any]]
 

@@ -17,7 +17,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line for every fault.
     """
-    from lingraft.recipe import load
+    from lingraft.recipe_file import load
 
     return load(recipe, overrides)
 

@@ -126,7 +126,7 @@ def recipe_check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 @recipe_app.command("show")
 def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Print a recipe with presets expanded and every default written out."""
-    from lingraft.recipe import dump, load
+    from lingraft.recipe_file import dump, load
 
     typer.echo(dump(load(recipe, set_ or [])), nl=False)
 
@@ -134,7 +134,7 @@ def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
 @recipe_app.command("list")
 def recipe_list() -> None:
     """Name the built-in recipes."""
-    from lingraft.recipe import built_in_names, load
+    from lingraft.recipe_file import built_in_names, load
 
     for name in built_in_names():
         typer.echo(f"{name:<24} {load(name).description}")

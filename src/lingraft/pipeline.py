@@ -27,7 +27,8 @@ from lingraft.evaluation.scoreboard import alarms, gate_checks
 from lingraft.model.load import is_tied, read_config
 from lingraft.presets import collapse
 from lingraft.progress import say
-from lingraft.recipe import Recipe, Stage, dump, find, load
+from lingraft.recipe import Recipe, Stage
+from lingraft.recipe_file import dump, load
 from lingraft.report import write as write_report
 from lingraft.steps import corpus, embeddings, final, new_base, scores, stage, tokenizer
 from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub, pin_base
@@ -490,6 +491,3 @@ def open_run(run: Path) -> Plan:
 def stage_entries(steps: Sequence[Step]) -> list[Step]:
     """The training stages among the steps."""
     return [step for step in steps if step.stage is not None and not step.name.startswith("scores/")]
-
-
-__all__ = ["Plan", "RunResult", "Step", "default_run_folder", "find", "make_plan", "open_run", "run_recipe"]

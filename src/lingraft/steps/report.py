@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lingraft.languages import LANGUAGE_NAMES
-from lingraft.recipe import dump
+from lingraft.recipe_file import dump
 from lingraft.steps.context import grafted_pieces
 
 if TYPE_CHECKING:
