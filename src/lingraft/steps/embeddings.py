@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lingraft.artifact import Hashes
-from lingraft.embeddings.parts import Parts, find_parts, first_translation
-from lingraft.embeddings.rules import RULES, calibrate_norm, median_norm
 from lingraft.errors import CorpusError
 from lingraft.miniature.sets import source_files as miniature_files
 from lingraft.model import load as models
 from lingraft.model.fingerprint import differences, fingerprint
-from lingraft.progress import say
-from lingraft.recipe import Dictionary, Recipe
+from lingraft.recipe import Recipe
 from lingraft.steps.context import Context
-from lingraft.tokenizer.graft import GraftedPiece, read_graft
-from lingraft.tokenizer.load import load as load_tokenizer
-from lingraft.tokenizer.pieces import to_bytes
+from lingraft.steps.rows import initial_rows
+from lingraft.tokenizer.graft import read_graft
 
 ROWS_MULTIPLE = 64
 LOGITS_TEXTS, LOGITS_TOKENS = 4, 64
@@ -36,7 +31,6 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     base_shape = {"parameters": sum(p.numel() for p in model.parameters()), "tied": models.is_tied(model.config)}
     tokens = read_graft(context.tokenizer)
     ids = [token.id for token in tokens]
-    parts = parts_of(context.recipe, base_folder, tokens)
 
     old_rows = models.input_matrix(model).detach()
     old_ids = torch.tensor(sorted(set(range(old_rows.shape[0])) - set(ids)))
@@ -49,17 +43,13 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     if max(ids) >= rows_before:
         models.resize(model, -(-(max(ids) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
-    part_ids, lengths = [p.ids for p in parts], [p.lengths for p in parts]
-    new_input = RULES[settings.input](old_rows, part_ids, lengths)
-    if settings.calibrate_norm:
-        used = sorted({i for p in parts for i in p.ids})
-        new_input = calibrate_norm(new_input, median_norm(old_rows, used))
     tied = models.output_matrix(model) is models.input_matrix(model)
+    old_head = None if tied else models.output_matrix(model).detach()[:rows_before]
+    new = initial_rows(context.recipe, base_folder, tokens, old_rows, old_head)
     with torch.no_grad():
-        if not tied:
-            new_output = RULES[settings.output](old_rows_of_head(model, rows_before), part_ids, lengths)
-            models.output_matrix(model)[ids] = new_output.to(old_rows.dtype)
-        models.input_matrix(model)[ids] = new_input.to(old_rows.dtype)
+        if new.output is not None:
+            models.output_matrix(model)[ids] = new.output.to(old_rows.dtype)
+        models.input_matrix(model)[ids] = new.input.to(old_rows.dtype)
 
     frozen = {name for name in before if not name.endswith("[new rows]")}
     changed = differences(before, _same_rows(model, ids, rows_before)) & frozen
@@ -68,15 +58,14 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     assert logits_difference < LOGITS_TOLERANCE, f"the graft moved old tokens' logits by {logits_difference:.2g}"
     models.save(model, out, companions=base_folder)
     models.copy_companions(context.tokenizer, out)
-    origins = Counter(part.origin for part in parts)
     return {
         "old_logits_largest_difference": logits_difference,
         "base": base_shape,
         "rows_before": rows_before,
         "rows_after": models.input_matrix(model).shape[0],
         "tied": tied,
-        "input": {_method(settings.input, origin): count for origin, count in origins.items()},
-        "output": {_method("as input (tied)" if tied else settings.output, o): c for o, c in origins.items()},
+        "input": new.input_methods,
+        "output": new.output_methods,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -116,50 +105,6 @@ def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
     return {"dictionary": hashes.file(path)}
 
 
-def old_rows_of_head(model: Any, rows: int) -> torch.Tensor:
-    """The first `rows` rows of the output matrix: those of the old vocabulary."""
-    return models.output_matrix(model).detach()[:rows]
-
-
-def parts_of(recipe: Recipe, base_folder: Path, tokens: list[GraftedPiece]) -> list[Parts]:
-    """What each new token is made of in the old vocabulary, dictionary included."""
-    base = load_tokenizer(base_folder)
-    pairs = dictionary_pairs(recipe, recipe.embeddings.dictionary) if recipe.embeddings.dictionary else []
-
-    def inside_a_sentence(text: str) -> list[int]:
-        if base.kind == "sentencepiece":  # as a spelling: some normalisers would put a second space before it
-            return base.segment(["▁" + text.replace(" ", "▁")])[0]
-        return base.encode([f" {text}"])[0]
-
-    parts = find_parts(
-        [to_bytes(token.piece, base.kind).decode(errors="replace") for token in tokens],
-        [token.base_ids for token in tokens],
-        first_translation(pairs),
-        inside_a_sentence,
-        lambda token_id: len(to_bytes(base.piece_of[token_id], base.kind)),
-    )
-    if pairs and not any(part.origin == "dictionary" for part in parts):
-        say(f"  none of the dictionary's {len(pairs):,} terms is a new token: it changes nothing", style="yellow")
-    return parts
-
-
-def dictionary_pairs(recipe: Recipe, dictionary: Dictionary) -> list[tuple[str, str]]:
-    """(target term, old-language term) pairs of the recipe's bilingual dictionary."""
-    if dictionary.miniature:
-        from lingraft.miniature import dictionary as miniature_dictionary
-
-        return miniature_dictionary()
-    from lingraft.corpus.terms import read_dictionary
-
-    target, old = recipe.languages.target, recipe.languages.old
-    return read_dictionary(
-        recipe.path(dictionary.path or ""),
-        dictionary.target_column or target,
-        dictionary.old_column or old,
-        "embeddings.dictionary",
-    )
-
-
 def _same_rows(model: Any, ids: list[int], rows: int) -> dict[str, str]:
     """Fingerprint of the grafted model with its vocabulary cut back to the rows it had before."""
     full_input, full_output = models.input_matrix(model), models.output_matrix(model)
@@ -170,7 +115,3 @@ def _same_rows(model: Any, ids: list[int], rows: int) -> dict[str, str]:
     prints = fingerprint(model, [i for i in ids if i < rows])
     embedding.weight, head.weight = full_input, full_output
     return prints
-
-
-def _method(rule: str, origin: str) -> str:
-    return f"{rule} of the translation" if origin == "dictionary" else rule
