@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "lingraft"
-DOMAINS = {"corpus", "tokenizer", "embeddings", "model", "training", "evaluation", "report", "miniature", "families"}
+DOMAINS = {
+    "corpus",
+    "tokenizer",
+    "embeddings",
+    "model",
+    "training",
+    "evaluation",
+    "report",
+    "miniature",
+    "families",
+    "doctor",
+}
 SHARED = {"errors", "progress", "languages", "prompts", "version"}
 ALLOWED = {
     "corpus": set(),
@@ -23,6 +34,7 @@ ALLOWED = {
     "report": set(),
     "miniature": set(),
     "families": set(),
+    "doctor": {"tokenizer", "model", "families"},
 }
 
 

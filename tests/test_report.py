@@ -446,6 +446,59 @@ def test_pages_of_runs_that_have_not_come_far() -> None:
         assert_sound(render(data))
 
 
+def savings(saved: float, knee: int | None) -> dict[str, Any]:
+    points = [[slots, saved * math.sqrt(slots / 1200)] for slots in range(0, 1201, 12)]
+    bend = knee and {"slots": knee, "saved": saved / 2, "share_of_gain": 0.5}
+    reached = [{"share_of_gain": share, "slots": slots} for share, slots in ((0.5, 300), (0.9, 972))] if knee else []
+    return {
+        "before": {"tokens_per_character": 1.6},
+        "after": {"tokens_per_character": 1.6 * (1 - saved)},
+        "saved": saved,
+        "new_tokens_used_share": 0.61,
+        "curve": {"points": points, "knee": bend, "reached": reached},
+    }
+
+
+ECONOMICS = {
+    "from": "the run's held-out text",
+    "compared": {
+        "new_tokens": 1_200,
+        "words": {"share": 0.25, "most_frequent": [["안녕하세요", 7]]},
+        "sources": {"law": savings(0.46, 300), "<b>bare</b>": savings(0.0, None)},
+        "together": savings(0.4, 300),
+    },
+    "rows": {
+        "reused_rows": 200,
+        "added_rows": 1_000,
+        "matrices": 2,
+        "parameters": 256_000,
+        "untying": 524_288,
+        "bytes": 1_560_576,
+        "share": 0.4,
+    },
+    "speed": {"decode": 1.44, "prefill": 1.61, "characters": 1000, "assumptions": "as assumed"},
+    "verdict": {"answer": "fewer", "slots": 300, "reason": "the knee is at 300"},
+}
+
+
+@pytest.mark.parametrize("known", ["all", "no curve, no shape"])
+def test_token_economics_are_shown(known: str) -> None:
+    data = copy.deepcopy(QUICKSTART)
+    data["tokenizer"]["economics"] = economics = copy.deepcopy(ECONOMICS)
+    if known != "all":
+        economics |= {"rows": None, "speed": None}
+        for entry in (*economics["compared"]["sources"].values(), economics["compared"]["together"]):
+            entry["curve"] = None
+    page = render(data)
+    assert_sound(page)
+    assert "Fewer slots are enough: 300." in page
+    assert "안녕하세요" in page
+    assert "<b>bare" not in page
+    assert ("law, knee at 300 slots: 23.0\u00a0% saved" in page) == (known == "all")
+    assert ("256,000 parameters, and 524,288 for parting" in page) == (known == "all")
+    assert page.count('<svg class="chart"') == 3 + len(STAGES) + (known == "all")
+
+
 def test_no_number_that_is_not_one_is_shown() -> None:
     data = copy.deepcopy(QUICKSTART)
     data["scoreboard"][-1]["languages"]["ko"] |= {"bits_per_byte": math.nan, "low": None, "high": None}

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from real_lines import LONG_RUNS_OF_TABS, write_base
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from lingraft.families import family
 from lingraft.tokenizer.check import verify
@@ -14,6 +15,7 @@ from lingraft.tokenizer.graft import GraftedTokenizer, graft, place, unused_slot
 from lingraft.tokenizer.inspect import fertility
 from lingraft.tokenizer.learn import learn
 from lingraft.tokenizer.load import BaseTokenizer, load
+from lingraft.tokenizer.runtimes import llama_cpp_available
 
 HANGUL = frozenset({"Hangul"})
 ODD_LINES = [
@@ -56,13 +58,7 @@ def held_out(health_law: list[str], reviews: list[str], shared_data: Path) -> li
 
 @pytest.fixture(scope="module")
 def gemma3(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseTokenizer:
-    folder = tmp_path_factory.mktemp("gemma3")
-    source = shared_data / "tokenizers/gemma3_262k"
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
-    shutil.copy(source / "tokenizer.model", folder)
-    config = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "mask_token": "<mask>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load(folder)
+    return load(write_base(shared_data, "gemma3_262k", tmp_path_factory.mktemp("gemma3")))
 
 
 def agrees(transformers_tokenizer: PreTrainedTokenizerBase, tokenizer: BaseTokenizer, texts: list[str]) -> bool:
@@ -70,13 +66,20 @@ def agrees(transformers_tokenizer: PreTrainedTokenizerBase, tokenizer: BaseToken
     return len(transformers_tokenizer) == len(tokenizer) and theirs == tokenizer.encode(texts)
 
 
-def check(base: BaseTokenizer, grafted: GraftedTokenizer, out: Path, english: list[str], texts: list[str]) -> int:
+def check(
+    base: BaseTokenizer,
+    grafted: GraftedTokenizer,
+    out: Path,
+    english: list[str],
+    texts: list[str],
+    pre_tokenizer: str = "default",
+) -> int:
     """What `verify` proves, and that transformers loads the folder to the same tokenizer.
 
     Returns on how many texts the runtimes disagree, as they did on the base.
     """
     write(grafted, out)
-    counts = verify(base, out, english, texts)
+    counts = verify(base, out, english, texts, pre_tokenizer)
     assert agrees(AutoTokenizer.from_pretrained(out), grafted.tokenizer, english[:50] + texts)
     return counts["runtimes_disagree_as_before"]
 
@@ -91,6 +94,7 @@ def test_gemma3_in_unused_slots(
     learnt = learn(gemma3, texts, new_tokens=500, min_frequency=5, scripts=HANGUL)
     grafted = graft(gemma3, place(gemma3, learnt, family=family("gemma3")))
     assert check(gemma3, grafted, tmp_path, english, held_out) == 0
+    assert verify(gemma3, tmp_path, LONG_RUNS_OF_TABS, [])["runtimes_disagree_as_before"] == len(LONG_RUNS_OF_TABS)
 
     assert grafted.tokenizer.decode(grafted.tokenizer.encode(held_out)) == held_out
     assert [piece.id for piece in grafted.pieces] == list(range(256_001, 256_501))
@@ -104,10 +108,7 @@ def test_gemma3_in_unused_slots(
 def test_qwen2(
     shared_data: Path, health_law: list[str], english: list[str], held_out: list[str], tmp_path: Path
 ) -> None:
-    packed = (shared_data / "tokenizers/qwen2_151k/tokenizer.json.gz").read_bytes()
-    (tmp_path / "tokenizer.json").write_bytes(gzip.decompress(packed))
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    base = load(tmp_path)
+    base = load(write_base(shared_data, "qwen2_151k", tmp_path))
     assert base.kind == "byte_level"
 
     texts = [(text, 1.0) for text in health_law[1:8]]
@@ -115,7 +116,8 @@ def test_qwen2(
     grafted = graft(base, place(base, learnt, family=family("qwen2")))
     assert [piece.id for piece in grafted.pieces] == list(range(151_646, 152_146))
     assert grafted.tokenizer.vocab["<|im_end|>"] == base.vocab["<|im_end|>"] == 151_645
-    check(base, grafted, tmp_path / "out", english, held_out)
+    assert check(base, grafted, tmp_path / "out", english, held_out, pre_tokenizer="qwen2") == 0
+    assert verify(base, tmp_path / "out", ["</s>"], [], "qwen2")["runtimes_disagree_as_before"] == llama_cpp_available()
 
 
 def test_a_base_that_spells_korean_in_bytes(
@@ -132,7 +134,7 @@ def test_a_base_that_spells_korean_in_bytes(
     kinds = [new.kind for new in learnt.pieces]
     characters = kinds.count("character")
     assert kinds == ["character"] * characters + ["merge"] * (3_000 - characters)
-    assert 1_000 < characters < 2_000
+    assert 500 < characters < 2_000
 
     grafted = graft(base, place(base, learnt, family=family("llama")))
     assert grafted.pieces[0].id == 512
@@ -143,32 +145,27 @@ def test_a_base_that_spells_korean_in_bytes(
         assert before > 2.5 * after
 
 
-@pytest.mark.parametrize(
-    ("name", "tokenizer_class", "model_type"),
-    [
-        ("llama2", LlamaTokenizer, "llama"),
-        pytest.param("gemma2", GemmaTokenizer, "gemma2", marks=pytest.mark.slow),
-    ],
-)
-def test_tokenizers_that_come_as_sentencepiece_alone(
-    shared_data: Path,
-    health_law: list[str],
-    english: list[str],
-    held_out: list[str],
-    tmp_path: Path,
-    name: str,
-    tokenizer_class: type[PreTrainedTokenizerBase],
-    model_type: str,
+def test_gemma2_has_one_usable_slot_and_appends(shared_data: Path, tmp_path: Path) -> None:
+    """<unused0> to <unused98> are protected (fine-tunes use some as marks); <unused99> is the only other one."""
+    base = load(write_base(shared_data, "gemma2", tmp_path))
+    [slot] = unused_slots(base, family("gemma2"))
+    assert (slot, base.piece_of[slot]) == (255_999, "<unused99>")
+    learnt = learn(base, [("환자에게 약을 먹였다. " * 9, 1.0)], new_tokens=3, scripts=HANGUL)
+    assert place(base, learnt, family=family("gemma2")).ids == [255_999, 256_000, 256_001]
+
+
+def test_a_conversion_that_differs_from_its_model_keeps_its_ids(
+    shared_data: Path, health_law: list[str], english: list[str], held_out: list[str], tmp_path: Path
 ) -> None:
-    model = shared_data / "tokenizers" / name / "tokenizer.model"
-    source = tmp_path / "source"
-    source.mkdir()
-    shutil.copy(model, source)
-    tokenizer_class.from_pretrained(source).save_pretrained(tmp_path / "base")
-    shutil.copy(model, tmp_path / "base")
+    """transformers' tokenizer.json of Llama 2 puts no space in front of a text that begins with one."""
+    source = write_base(shared_data, "llama2", tmp_path / "source")
+    LlamaTokenizer.from_pretrained(source).save_pretrained(tmp_path / "base")
+    shutil.copy(source / "tokenizer.model", tmp_path / "base")
     base = load(tmp_path / "base")
+    assert base.encode([" a"]) != load(source).encode([" a"])
 
     texts = [(text, 1.0) for text in health_law[1:8]]
     learnt = learn(base, texts, new_tokens=1_000, min_frequency=3, scripts=HANGUL)
-    grafted = graft(base, place(base, learnt, family=family(model_type)))
-    check(base, grafted, tmp_path / "out", english, held_out)
+    grafted = graft(base, place(base, learnt, family=family("llama")))
+    indented = sum(text.startswith(" ") for text in held_out + english)
+    assert check(base, grafted, tmp_path / "out", english, held_out) >= indented > 0

@@ -24,6 +24,7 @@ from lingraft.tokenizer.learn import Learnt, NewPiece, learn
 from lingraft.tokenizer.load import BaseTokenizer, load
 from lingraft.tokenizer.new import tokenizer_json
 from lingraft.tokenizer.pieces import BYTE_OF, readable, to_bytes
+from lingraft.tokenizer.runtimes import llama_cpp_available
 from lingraft.tokenizer.sentencepiece_proto import BPE, ModelProto, PieceType
 
 HANGUL = frozenset({"Hangul"})
@@ -114,13 +115,14 @@ def test_weights_the_budget_and_the_longest_piece(tmp_path: Path) -> None:
     assert triples(learn(base, [("abab", 3.0)], new_tokens=9, max_piece_chars=2)) == [("ab", "a", "b", 6)]
 
 
-def test_a_piece_begins_with_one_space_at_most(tmp_path: Path) -> None:
+def test_a_piece_holds_single_spaces_in_front_or_between_words(tmp_path: Path) -> None:
     base = sentencepiece_base(tmp_path)
-    learnt = learn(base, [("a  ab ab\nab", 5.0)], new_tokens=20)
-    assert [new.piece for new in learnt.pieces] == ["ab", "▁ab"]
+    texts = [("a  ab ab\nab", 5.0)]
+    assert [new.piece for new in learn(base, texts, new_tokens=20, max_words=1).pieces] == ["ab", "▁ab"]
+    assert [new.piece for new in learn(base, texts, new_tokens=20).pieces] == ["ab", "▁ab", "▁ab▁ab"]
 
 
-def test_characters_come_first_and_bytes_never_merge(tmp_path: Path) -> None:
+def test_characters_merge_but_their_bytes_never(tmp_path: Path) -> None:
     base = sentencepiece_base(tmp_path)
     learnt = learn(base, [("가가가 나", 1.0), ("나a", 1.0), ("다", 1.0)], new_tokens=10, scripts=HANGUL)
     assert triples(learnt) == [("가", None, None, 3), ("나", None, None, 2), ("가가", "가", "가", 2)]
@@ -148,8 +150,8 @@ def test_byte_level_pieces_are_whole_characters_or_the_beginning_of_one(tmp_path
     grafted = graft(base, place(base, learnt, family=family("qwen2")))
     assert unreachable(grafted) == []
     assert unchanged(base, grafted.tokenizer, ["ab ab 你好", "🙂 naïve"]) == []
-    [ids] = grafted.tokenizer.encode(["그이 이이"])
-    assert [readable(grafted.tokenizer.piece_of[i], "byte_level") for i in ids] == ["그이", "▁이이"]
+    [ids] = grafted.tokenizer.encode(["x 그이 이이"])
+    assert [readable(grafted.tokenizer.piece_of[i], "byte_level") for i in ids] == ["x", "▁그이", "▁이이"]
 
 
 @pytest.mark.parametrize("slots", ["unused", "append"])
@@ -166,6 +168,7 @@ def test_both_runtimes_agree_on_the_graft(tmp_path: Path, slots: Any) -> None:
         "old_texts": 2,
         "new_texts": 5,
         "new_pieces": len(learnt.pieces),
+        "runtimes_compared": 1 + llama_cpp_available(),
         "runtimes_disagree_as_before": 0,
     }
     new = load(tmp_path / "out")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lingraft.errors import TrainingError
-from lingraft.model.load import input_matrix, is_tied, load, load_tokenizer, output_matrix, read_config, untie
+from lingraft.model.load import input_matrix, is_tied, load, load_tokenizer, output_matrix, read_config
 from lingraft.training import loop
 from lingraft.training.batches import IGNORED, Batches, Encoded, cut, mixture, pack, to_micro_batch
 from lingraft.training.loop import learning_rate_factor
@@ -352,22 +352,6 @@ def test_exploding_loss_stops() -> None:
         TrainingError, match=r"stage rows, step 32: the loss jumped from about 2\.\d+ to 9\.00.*read d#"
     ):
         watch.check(31, 9.0, 1.0, step)
-
-
-def test_untied_model_has_the_same_logits_and_says_so_in_both_configs(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    for family in ("gemma3", "gemma3-multimodal", "llama"):
-        folder = checkpoint(tmp_path, tiny_tokenizer, family, tied=True)
-        model = load(folder)
-        ids = torch.tensor([documents(1, 20)[0].ids.tolist()])
-        before = model(input_ids=ids).logits
-        untie(model)
-        model.save_pretrained(tmp_path / f"untied-{family}")
-        again = load(tmp_path / f"untied-{family}")
-        assert torch.equal(again(input_ids=ids).logits, before)
-        assert output_matrix(again) is not input_matrix(again)
-        config = read_config(tmp_path / f"untied-{family}")
-        assert not config.tie_word_embeddings
-        assert not config.get_text_config().tie_word_embeddings
 
 
 def test_final_folder_loads_with_plain_transformers(tmp_path: Path, tiny_tokenizer: Path) -> None:

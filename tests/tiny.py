@@ -13,6 +13,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -61,14 +63,33 @@ def gemma3_multimodal(tied: bool = True) -> Any:
         eoi_token_index=11,
         tie_word_embeddings=tied,
     )
-    return Gemma3ForConditionalGeneration(config)
+    model = Gemma3ForConditionalGeneration(config)
+    # zeros by default, through which an image would leave no trace
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model
 
 
 def llama(tied: bool = True) -> Any:
     return LlamaForCausalLM(LlamaConfig(**_TEXT, tie_word_embeddings=tied))
 
 
-FAMILIES = {"gemma3": gemma3, "gemma3-multimodal": gemma3_multimodal, "llama": llama}
+def gemma3n(tied: bool = True) -> Any:
+    """The text model; every unused slot lies in the per-layer table, which ends before the last ids."""
+    layers = 4
+    config = Gemma3nTextConfig(
+        **{**_GEMMA, "num_hidden_layers": layers, "layer_types": _GEMMA["layer_types"] * 2},
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * layers,
+        tie_word_embeddings=tied,
+    )
+    return Gemma3nForCausalLM(config)
+
+
+FAMILIES = {"gemma3": gemma3, "gemma3-multimodal": gemma3_multimodal, "llama": llama, "gemma3n": gemma3n}
 
 
 @cache

@@ -11,7 +11,7 @@ Everything the command line does is one call here:
 Importing this module loads nothing heavy.
 """
 
-from lingraft.api import check, load_recipe, plan, run, status, write_report
+from lingraft.api import check, compare_embeddings, load_recipe, plan, run, status, write_report
 from lingraft.errors import GateFailed, LingraftError
 from lingraft.version import VERSION as __version__
 
@@ -20,6 +20,7 @@ __all__ = [
     "LingraftError",
     "__version__",
     "check",
+    "compare_embeddings",
     "load_recipe",
     "plan",
     "run",

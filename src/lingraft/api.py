@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lingraft.doctor.examine import Diagnosis
     from lingraft.pipeline import RunResult
     from lingraft.recipe import Recipe
 
@@ -84,6 +85,30 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     return run_status(Path(run_dir).absolute())
 
 
+def compare_embeddings(
+    recipe: str | Path,
+    run_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int = 50,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train shortly from each initialisation rule that the recipe has the material for, and rank them.
+
+    Args:
+        steps: optimiser steps of each short training, about.
+    Returns:
+        Plain data, the same as in the run's `probe/comparison.json`: `results`, the best first, `not_run`, `winner`.
+    Raises:
+        LingraftError: the recipe or an input is wrong.
+    """
+    from lingraft.pipeline import compare_embeddings, default_run_folder
+
+    loaded = load_recipe(recipe, overrides)
+    folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)
+    return compare_embeddings(loaded, folder, steps, command)
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write the run's `report.html` again from what is there, and return its path.
 
@@ -93,3 +118,60 @@ def write_report(run_dir: str | Path) -> Path:
     from lingraft.planning import rewrite_report
 
     return rewrite_report(Path(run_dir).absolute())
+
+
+def doctor(model: str | Path, base: str | Path | None = None, texts: Sequence[str | Path] = ()) -> Diagnosis:
+    """Examine a model folder, anyone's, and name everything that is wrong with it.
+
+    Args:
+        base: the folder of the model it was made from, for what must not have changed.
+        texts: UTF-8 files whose lines to try; a few built-in lines if there are none.
+    Raises:
+        ModelError: no model or tokenizer in the folder. CorpusError: a text file cannot be used.
+    """
+    from lingraft.doctor.examine import examine
+    from lingraft.doctor.lines import BUILT_IN, read_lines
+
+    lines = read_lines([Path(file) for file in texts]) if texts else BUILT_IN
+    return examine(Path(model), Path(base) if base else None, lines)
+
+
+def graft_tokenizer(
+    base: str | Path, texts: Sequence[str], out: str | Path, *, new_tokens: int, **options: Any
+) -> dict[str, Any]:
+    """Learn new tokens from text files and write the base's tokenizer with them to `out`, proven harmless.
+
+    Options and results: `lingraft.direct.graft_tokenizer`.
+
+    Raises:
+        LingraftError: text or tokenizer can't be used, the slots don't suffice, or `out` is not empty.
+    """
+    from lingraft import direct
+
+    return direct.graft_tokenizer(Path(base), texts, Path(out), new_tokens=new_tokens, **options)
+
+
+def report_tokenizer(
+    grafted: str | Path, base: str | Path, texts: Sequence[str], column: str | None = None
+) -> dict[str, Any]:
+    """How a tokenizer cuts text against its base, as plain data.
+
+    Raises:
+        LingraftError: a tokenizer or the text can't be used.
+    """
+    from lingraft import direct
+
+    return direct.report_tokenizer(Path(grafted), Path(base), texts, column)
+
+
+def graft_model(model: str | Path, tokenizer: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Write a model with a row for each token of a grafted tokenizer to `out`, streamed and proven harmless.
+
+    Options and results: `lingraft.direct.graft_model`.
+
+    Raises:
+        LingraftError: the weights, the tokenizer or the two together can't be used, or `out` is not empty.
+    """
+    from lingraft import direct
+
+    return direct.graft_model(Path(model), Path(tokenizer), Path(out), **options)

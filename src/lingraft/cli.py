@@ -8,11 +8,12 @@ import os
 import re
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lingraft import terminal
 from lingraft.errors import LingraftError
@@ -48,6 +49,22 @@ class _Verbs(TyperGroup):
             _fail(f"{where}{os.strerror(number)}{_cure(number)}", 2)
 
 
+class _Lists(TyperCommand):
+    """Options that may be given several times also take several values at once, as a shell's globs give them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        repeated: list[str] = []
+        option = ""
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in several else ""
+            elif option and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(arg)
+        return super().parse_args(ctx, repeated)
+
+
 app = typer.Typer(
     cls=_Verbs,
     help="Graft a language and a field onto an open language model, without harming what it already knows.",
@@ -57,6 +74,10 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+embeddings_app = typer.Typer(help="Look at the initial rows of new tokens.", no_args_is_help=True)
+app.add_typer(embeddings_app, name="embeddings")
+tokenizer_app = typer.Typer(help="Graft a tokenizer, or look at one.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a built-in recipe such as quickstart.")
@@ -72,6 +93,14 @@ SetOption = Annotated[
 ]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder (default: runs/NAME).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TextOption = Annotated[
+    list[str],
+    typer.Option("--text", metavar="FILE…", help="Text: files, folders or globs, of any kind a recipe reads."),
+]
+ColumnOption = Annotated[
+    str | None, typer.Option("--column", help="The column that holds the text (default: text, or the only one).")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder to write; never one that holds anything.")]
 
 
 @app.command()
@@ -140,6 +169,114 @@ def recipe_list() -> None:
         typer.echo(f"{name:<24} {load(name).description}")
 
 
+@embeddings_app.command("compare")
+def embeddings_compare(
+    recipe: RecipeArgument,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each short training.")] = 50,
+    as_json: JsonOption = False,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Train shortly from each initialisation rule and rank them; the same command goes on after a stop."""
+    from lingraft import api
+
+    command = shlex.join(["lingraft", *sys.argv[1:]])
+    data = api.compare_embeddings(recipe, run_dir, set_ or [], steps=steps, command=command)
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.comparison(data))
+
+
+@app.command(cls=_Lists)
+def doctor(
+    model: Annotated[Path, typer.Argument(help="A model's folder, anyone's; a tokenizer alone will do.")],
+    base: Annotated[Path | None, typer.Option("--base", help="The folder of the model it was made from.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="Text files whose lines to try.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what is wrong with a model folder: exit code 0 if healthy, 1 if not."""
+    from lingraft import api
+
+    with _progress_aside(as_json):
+        diagnosis = api.doctor(model, base, text or [])
+    data = diagnosis.as_json()
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.doctor(data))
+    raise typer.Exit(0 if diagnosis.healthy else 1)
+
+
+@tokenizer_app.command("graft", cls=_Lists)
+def tokenizer_graft(
+    base: Annotated[Path, typer.Option("--base", help="The folder of the model or tokenizer to start from.")],
+    text: TextOption,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="How many tokens to learn at most.")],
+    out: OutOption,
+    slots: Annotated[
+        Literal["auto", "unused", "append"], typer.Option(help="Take unused ids, append new ones, or first one.")
+    ] = "auto",
+    min_frequency: Annotated[int, typer.Option(min=1, help="How often a new token must occur in the text.")] = 2,
+    scripts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME…", help="Scripts of new tokens, such as Hangul (default: that of the text)."),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE…", help="Text to measure the gain on (default: every 20th document of the text)."),
+    ] = None,
+    column: ColumnOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn new tokens from text and put them into a tokenizer, with proof that old text keeps its ids."""
+    from lingraft import api
+
+    with _progress_aside(as_json):
+        data = api.graft_tokenizer(
+            base,
+            text,
+            out,
+            new_tokens=new_tokens,
+            slots=slots,
+            min_frequency=min_frequency,
+            scripts=scripts or [],
+            held_out=held_out or [],
+            column=column,
+        )
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.grafted_tokenizer(data))
+
+
+@tokenizer_app.command("report", cls=_Lists)
+def tokenizer_report(
+    tokenizer: Annotated[Path, typer.Argument(help="The folder of the tokenizer, grafted here or elsewhere.")],
+    base: Annotated[Path, typer.Option("--base", help="The folder of the model or tokenizer it was made from.")],
+    text: TextOption,
+    column: ColumnOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a tokenizer cuts text against its base: tokens per character, word and byte, use of new tokens."""
+    from lingraft import api
+
+    with _progress_aside(as_json):
+        data = api.report_tokenizer(tokenizer, base, text, column)
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.compared_tokenizers(data))
+
+
+@app.command()
+def graft(
+    base: Annotated[Path, typer.Option("--base", help="The folder of the model.")],
+    tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The folder of its grafted tokenizer.")],
+    out: OutOption,
+    input_rule: Annotated[str, typer.Option("--input", help="How a new token's input row begins.")] = "subword_mean",
+    output_rule: Annotated[str, typer.Option("--output", help="How its output row begins.")] = "first_subword",
+    tie: Annotated[Literal["untie", "keep"], typer.Option(help="Part tied matrices, or keep them one.")] = "untie",
+    as_json: JsonOption = False,
+) -> None:
+    """Give a model's weights a row for each new token of a grafted tokenizer; nothing else changes."""
+    from lingraft import api
+
+    with _progress_aside(as_json):
+        data = api.graft_model(base, tokenizer, out, input_rule=input_rule, output_rule=output_rule, tie=tie)
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.grafted_model(data))
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -150,6 +287,11 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+def _progress_aside(as_json: bool) -> AbstractContextManager[Any]:
+    """Keep standard output for the JSON object alone: bars and remarks go to standard error meanwhile."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _system_errno(error: BaseException) -> int | None:

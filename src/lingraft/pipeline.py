@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lingraft.artifact import Hashes, key_of, publish, read_manifest, write_json, write_text
-from lingraft.errors import GateFailed, RunError
+from lingraft.errors import GateFailed, RecipeError, RunError
 from lingraft.evaluation.scoreboard import alarms, gate_checks
 from lingraft.model.load import is_tied, read_config
 from lingraft.presets import collapse
@@ -30,7 +30,7 @@ from lingraft.progress import say
 from lingraft.recipe import Recipe, Stage
 from lingraft.recipe_file import dump, load
 from lingraft.report import write as write_report
-from lingraft.steps import corpus, embeddings, final, new_base, scores, stage, tokenizer
+from lingraft.steps import corpus, embeddings, final, new_base, probe, scores, stage, tokenizer
 from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub, pin_base
 from lingraft.steps.base import check as check_base
 from lingraft.steps.context import Context, stage_folder
@@ -179,6 +179,7 @@ class _Layout:
         else:
             measure(before, "00-base", "base", key, None, 0)
         if recipe.tokenizer:
+            probed = recipe.embeddings.method == "probe"
             tokenizer_step = self._add(
                 "02-tokenizer",
                 "tokenizer",
@@ -189,9 +190,9 @@ class _Layout:
             grafted = self._add(
                 "03-embeddings",
                 "embeddings",
-                {"embeddings": recipe.embeddings},
+                embeddings_section(recipe),
                 {"tokenizer": tokenizer_step.key, "base": key} | embeddings.inputs(recipe, self.hashes),
-                lambda out, work: embeddings.run(context(), out, work),
+                lambda out, work: (probe if probed else embeddings).run(context(), out, work),
             )
             before, key = self.run / grafted.name, grafted.key
             measure(before, grafted.name, "graft", key, None, 0)
@@ -234,6 +235,18 @@ class _Layout:
         return step
 
 
+def embeddings_section(recipe: Recipe) -> dict[str, Any]:
+    """What the embeddings step depends on: its own section, and that of the training that it may do."""
+    section: dict[str, Any] = {"embeddings": recipe.embeddings}
+    unseen = {"checkpoint_seconds"}
+    if recipe.embeddings.distillation or recipe.embeddings.method == "probe":
+        section |= {"training": recipe.training.model_dump(exclude=unseen), "seed": recipe.seed}
+    if recipe.embeddings.method == "probe":
+        section |= {"probe": probe.probe_stage(recipe, probe.STEPS).model_dump(exclude=unseen)}
+        section |= {"evaluate": recipe.evaluate.model_dump(exclude={"questions", "generation"})}
+    return section
+
+
 # ------------------------------------------------------------------------------------------------ running
 
 
@@ -257,14 +270,7 @@ def run_recipe(recipe: Recipe, run: Path, command: str = "") -> RunResult:
         GateFailed: a stage cost more than its gate allows. LingraftError: anything else that a user can mend.
     """
     with _locked(run):
-        plan = make_plan(recipe, run)
-        write_text(run / "recipe.yaml", dump(recipe))
-        pin_base(run, recipe, plan.base)
-        if plan.base_plan is not None:
-            _run_base(plan.base_plan, recipe)
-        if not recipe.base.scratch:
-            check_base(plan.base.folder)
-        _announce(plan)
+        plan = _begin(recipe, run)
         for number, step in enumerate(plan.steps, 1):
             _run_step(plan, step, number, command)
             if step.name.startswith("scores/"):
@@ -272,6 +278,35 @@ def run_recipe(recipe: Recipe, run: Path, command: str = "") -> RunResult:
         shutil.rmtree(run / ".work", ignore_errors=True)
         entries = publish_results(plan, "finished", command)
         return RunResult(run, run / "model", entries)
+
+
+def compare_embeddings(recipe: Recipe, run: Path, steps: int, command: str = "") -> dict[str, Any]:
+    """Compare the initialisation rules (`steps.probe`) in the run's folder, after the steps that this needs.
+
+    Raises:
+        RecipeError: the recipe grafts nothing. LingraftError: anything else that a user can mend.
+    """
+    if recipe.tokenizer is None:
+        raise RecipeError("tokenizer: the recipe has no tokenizer section, so there are no new rows to compare")
+    with _locked(run):
+        plan = _begin(recipe, run)
+        for number, step in enumerate(plan.steps, 1):
+            if step.name in ("01-corpus", "02-tokenizer"):
+                _run_step(plan, step, number, command)
+        return probe.compare(Context(recipe, run, plan.base), run / "probe", steps)
+
+
+def _begin(recipe: Recipe, run: Path) -> Plan:
+    """Lay the run out, note its recipe in its folder, and see that its base is there."""
+    plan = make_plan(recipe, run)
+    write_text(run / "recipe.yaml", dump(recipe))
+    pin_base(run, recipe, plan.base)
+    if plan.base_plan is not None:
+        _run_base(plan.base_plan, recipe)
+    if not recipe.base.scratch:
+        check_base(plan.base.folder)
+    _announce(plan)
+    return plan
 
 
 def _run_base(plan: Plan, recipe: Recipe) -> None:
@@ -357,7 +392,11 @@ def _summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
             ),
         ]
     if step.name == "03-embeddings":
-        return ["  " + ", ".join(f"{count:,} rows {method}" for method, count in results["input"].items())]
+        lines = ["  " + ", ".join(f"{count:,} rows {method}" for method, count in results["input"].items())]
+        if distilled := results.get("distillation"):
+            before, after = (distilled[when]["hidden_state_error"] for when in ("before", "after"))
+            lines.append(f"  token distillation: hidden-state error {before:.3f} → {after:.3f} on held-out text")
+        return lines
     if "tokens_per_second" in results:
         return [
             f"  {results['trains']}: loss {results['first_loss']:.3f} → {results['last_loss']:.3f}, "

@@ -12,11 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lingraft.errors import RecipeError
 from lingraft.evaluation.scoreboard import METRICS, parse_limit
 from lingraft.languages import LANGUAGE_NAMES
+from lingraft.tokenizer.pieces import SCRIPTS, WHY_NO_UNITS
 
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -179,15 +180,73 @@ class Tokenizer(Strict):
     slots: Literal["auto", "unused", "append"] = "auto"
     scripts: list[str] | None = None
     max_piece_characters: Count = 16
+    max_words: Count = 4
+    balance: Share = 0.5
     sources: list[str] | None = None
+    characters_first: bool = False
+    nfc: bool = True
+
+    @field_validator("scripts")
+    @classmethod
+    def _known_scripts(cls, scripts: list[str] | None) -> list[str] | None:
+        for script in scripts or []:
+            if script.lower() == "units":
+                raise ValueError(f"{script!r} is no script. {WHY_NO_UNITS}; remove it")
+            if script not in SCRIPTS:
+                cure = did_you_mean(script.capitalize(), SCRIPTS) or "; examples: Hangul, Han, Thai"
+                raise ValueError(f"{script!r} is no script that Unicode names so{cure}")
+        return scripts
+
+
+# The rules of `embeddings.rules`, less `random`, a control that the probe alone may use.
+InitialRows = Literal[
+    "subword_mean", "first_subword", "length_weighted", "wechsel", "focus", "omp", "global_mean", "gaussian"
+]
+
+
+class Vectors(Strict):
+    """Files of static word vectors of the two languages, for the rule wechsel."""
+
+    target: str
+    old: str
+
+
+class Donor(Strict):
+    """A model that has many of the new tokens, for the rule omp: a folder or hub id."""
+
+    model: str
+    revision: str | None = None
+
+
+class Distillation(Strict):
+    """Learn the new input rows from the base's own hidden states, after a rule has set them."""
+
+    tokens: Count = 200_000
+    layer: int = -1
+    learning_rate: Positive = 1e-3
+    next_token_weight: Annotated[float, Field(ge=0)] = 0.1
 
 
 class Embeddings(Strict):
-    input: Literal["subword_mean", "first_subword", "length_weighted"] = "subword_mean"
-    output: Literal["subword_mean", "first_subword", "length_weighted"] = "first_subword"
+    method: Literal["rules", "probe"] = "rules"
+    input: InitialRows = "subword_mean"
+    output: InitialRows = "first_subword"
     calibrate_norm: bool = False
+    calibrate_output: Annotated[float, Field(gt=0, lt=1)] | None = None
     dictionary: Dictionary | None = None
+    vectors: Vectors | None = None
+    donor: Donor | None = None
     tie: Literal["untie", "keep"] = "untie"
+    distillation: Distillation | None = None
+
+    @model_validator(mode="after")
+    def _rules_have_what_they_need(self) -> Embeddings:
+        rules = (self.input, self.output)
+        if "wechsel" in rules and not (self.vectors and self.dictionary):
+            raise ValueError("the rule wechsel needs vectors (word vectors of both languages) and a dictionary")
+        if "omp" in rules and not self.donor:
+            raise ValueError("the rule omp needs a donor (a model that has many of the new tokens)")
+        return self
 
 
 class Trains(Strict):

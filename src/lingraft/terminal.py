@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,59 @@ def plan(data: dict[str, Any]) -> str:
             values, memory = f"{stage['trainable']:,}", f"{stage['minimum_memory_gb']:.2f} GB"
         stages.append((str(number), stage["name"], trains, f"{stage['learning_rate']:g}", length, values, memory))
     head = [f"{data['name']} → {data['run']}", f"base {base['model']}: {size}", *data["notes"]]
-    return "\n".join([*head, "", table(steps, "  "), "", table(stages, "  ")])
+    economics = ["", tokens(data["tokens"])] if data["tokens"] else []
+    return "\n".join([*head, "", table(steps, "  "), "", table(stages, "  "), *economics])
+
+
+def tokens(data: dict[str, Any]) -> str:
+    """Token economics: what new tokens save by source, where the curve bends, what rows cost, and the verdict."""
+    if "unknown" in data:
+        return f"tokens saved: {data['unknown']}"
+    compared = data["compared"]
+    together = {"together": compared["together"]} if len(compared["sources"]) > 1 else {}
+    rows = [("", "tokens a character", "", "saved", "half of it at", "90 % at", "knee at", "new tokens used")]
+    for name, entry in {**compared["sources"], **together}.items():
+        curve = entry["curve"] or {"knee": None, "reached": []}
+        reached = [f"{mark['slots']:,}" for mark in curve["reached"]] or ["–", "–"]
+        knee = curve["knee"]
+        rows.append(
+            (
+                name,
+                f"{entry['before']['tokens_per_character']:.3f}",
+                f"→ {entry['after']['tokens_per_character']:.3f}",
+                f"{entry['saved']:.1%}",
+                *reached,
+                f"{knee['slots']:,} ({knee['share_of_gain']:.0%})" if knee else "–",
+                f"{entry['new_tokens_used_share']:.0%}",
+            )
+        )
+    lines = [f"tokens saved by {compared['new_tokens']:,} new ones ({data['from']})", table(rows, "  ")]
+    if compared["unreachable"]:
+        lines.append(f"  {compared['unreachable']:,} new tokens can never come out")
+    words = compared["words"]
+    if words["share"]:
+        known = ", ".join(word for word, _ in words["most_frequent"])
+        lines.append(f"  {words['share']:.0%} of the words are one token in the base already: {known}")
+    if data["rows"]:
+        lines += [f"  {_row_costs(data['rows'])}", f"  {_speed(data['speed'])}"]
+    return "\n".join([*lines, f"  {data['verdict']['answer']}: {data['verdict']['reason']}"])
+
+
+def _row_costs(rows: dict[str, Any]) -> str:
+    text = f"rows: {rows['reused_rows']:,} in place of unused ones, {rows['added_rows']:,} added"
+    if rows["added_rows"]:
+        text += f" in {'each of two matrices' if rows['matrices'] == 2 else 'one tied matrix'}"
+    text += f": {rows['parameters']:,} parameters"
+    if rows["untying"]:
+        text += f", and {rows['untying']:,} for parting the tied matrices"
+    return f"{text} ({rows['bytes'] / 1e6:,.1f} MB, {rows['share']:.1%} of the model)"
+
+
+def _speed(speed: dict[str, Any]) -> str:
+    return (
+        f"speed a character: decode ×{speed['decode']:.2f}, prefill of {speed['characters']:,} "
+        f"×{speed['prefill']:.2f}\n    ({speed['assumptions']})"
+    )
 
 
 def status(data: dict[str, Any]) -> str:
@@ -56,7 +109,114 @@ def status(data: dict[str, Any]) -> str:
         (step["state"], step["step"], "" if step["seconds"] is None else f"{step['seconds']:.1f} s")
         for step in data["steps"]
     ]
-    return "\n\n".join([table(steps), *([before_after(data["scoreboard"])] if data["scoreboard"] else [])])
+    economics = [tokens(data["tokens"])] if data["tokens"] else []
+    return "\n\n".join([table(steps), *economics, *([before_after(data["scoreboard"])] if data["scoreboard"] else [])])
+
+
+def comparison(data: dict[str, Any]) -> str:
+    """What `lingraft embeddings compare` shows: the candidates, the best first, and those that were not run."""
+    languages = data["languages"]
+    rows = [("", "initial rows", *(f"{language} {when}" for language in languages for when in ("step 0", "trained")))]
+    for rank, result in enumerate(data["results"], 1):
+        bits = (
+            _number(result[when].get(language, {}), "bits_per_byte")
+            for language in languages
+            for when in ("start", "end")
+        )
+        rows.append((str(rank), result["name"], *bits))
+    return "\n".join(
+        [
+            f"held-out bits per byte at step 0 and after {data['steps']} steps of training new rows "
+            f"({data['tokens']:,} tokens)",
+            table(rows, "  "),
+            *(f"not run: {name}: {reason}" for name, reason in data["not_run"].items()),
+            f"best: {data['winner']['name']}",
+        ]
+    )
+
+
+def grafted_tokenizer(data: dict[str, Any]) -> str:
+    """What `lingraft tokenizer graft` shows: where the new tokens went, what they save, what was checked."""
+    checks, measured = data["checks"], data["economics"]
+    lines = [
+        f"{data['new_tokens']:,} new tokens of {' or '.join(data['scripts'])} ({data['characters']:,} single "
+        f"characters): {data['reused_slots']:,} in unused slots, {data['appended']:,} appended; "
+        f"vocabulary {data['vocabulary_before']:,} → {data['vocabulary_after']:,}",
+        "",
+        _economics(measured),
+        "",
+        f"checked: {checks['old_texts']:,} lines without these scripts keep their ids, {checks['new_texts']:,} texts "
+        f"come back whole, {checks['new_pieces']:,} of {data['new_tokens']:,} new tokens reachable",
+        f"tokenizer  {data['out']}",
+    ]
+    return "\n".join(lines)
+
+
+def compared_tokenizers(data: dict[str, Any]) -> str:
+    """What `lingraft tokenizer report` shows: rates before and after for each file, use and faults of new tokens."""
+    lines = [f"{data['tokenizer']} against {data['base']}: {data['new_tokens']:,} new tokens", _economics(data)]
+    if data["unreachable"]:
+        shown = ", ".join(data["unreachable_pieces"])
+        lines.append(f"{data['unreachable']:,} new tokens can never come out: {shown}")
+    return "\n".join(lines)
+
+
+def _economics(data: dict[str, Any]) -> str:
+    """A row for each source, and one for all where there are several."""
+    entries = dict(data["sources"])
+    if len(entries) > 1:
+        entries["together"] = data["together"]
+    rows = [("", "tokens/character", "tokens/word", "tokens/byte", "tokens saved", "new tokens used")]
+    for name, entry in entries.items():
+        pairs = ((entry["before"][f"tokens_per_{unit}"], entry["after"][f"tokens_per_{unit}"]) for unit in _UNITS)
+        used = f"{entry['new_tokens_used']:,} ({entry['new_tokens_used_share']:.0%})"
+        rates = (f"{before:.3f} → {after:.3f}" for before, after in pairs)
+        rows.append((name, *rates, f"{entry['saved']:.1%}", used))
+    return table(rows, "  ")
+
+
+_UNITS = ("character", "word", "byte")
+
+
+def grafted_model(data: dict[str, Any]) -> str:
+    """What `lingraft graft` shows: the rows, how they were made, and the proof."""
+    made = {
+        end: ", ".join(f"{method} ({count:,})" for method, count in data[end].items()) for end in ("input", "output")
+    }
+    seconds = data["seconds"]
+    rows = [
+        ("rows", f"{data['rows_before']:,} → {data['rows_after']:,}, {'tied' if data['tied'] else 'untied'}"),
+        ("input rows", made["input"]),
+        ("output rows", made["output"]),
+        ("proof", "every other tensor and every old row is bit-identical"),
+        ("seconds", ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())),
+        ("model", data["out"]),
+    ]
+    return table([(f"{data['new_tokens']:,} new tokens", ""), *rows])
+
+
+def doctor(data: dict[str, Any]) -> str:
+    """What `lingraft doctor` shows: a block for each fault and warning, a line for each note, the verdict."""
+    found = [finding for finding in data["findings"] if finding["severity"] != "note"]
+    blocks = [
+        f"{finding['severity'].upper()}  {finding['id']}: {finding['what']}\n"
+        + table([(key, finding[field]) for key, field in _DOCTOR_FIELDS], "  ")
+        for finding in found
+    ]
+    notes: dict[str, list[str]] = {}
+    for finding in data["findings"]:
+        if finding["severity"] == "note":
+            notes.setdefault(f"{finding['what']}: {finding['where']}", []).append(finding["id"])
+    if notes:
+        blocks.append("\n".join(f"note  {', '.join(ids)}: {text}" for text, ids in notes.items()))
+    skipped = sum(check["state"] == "not checked" for check in data["checks"])
+    done = f"{len(data['checks']) - skipped} of {len(data['checks'])} checks done"
+    counts = Counter(finding["severity"] for finding in found)
+    verdict = "healthy" if data["healthy"] else f"not healthy: {counts['fault']} faults, {counts['warning']} warnings"
+    return "\n\n".join([*blocks, f"{data['model']}: {verdict}; {done}"])
+
+
+_DOCTOR_FIELDS = (("where", "where"), ("why", "why"), ("mend", "cure"))
 
 
 def _number(measured: dict[str, Any], key: str) -> str:

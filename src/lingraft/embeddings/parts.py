@@ -14,11 +14,14 @@ WORD_START = "▁ "
 
 @dataclass(frozen=True)
 class Parts:
-    """Old ids of one new token, the bytes each spells, and where they come from: `subwords` or `dictionary`."""
+    """Old ids of one new token, the characters each spells, and where they come from: `subwords` or `dictionary`.
+
+    A part that spells one byte of a three-byte character counts as a third of a character.
+    """
 
     ids: list[int]
-    lengths: list[int]
-    origin: str
+    characters: list[float]
+    origin: str = "subwords"
 
 
 def find_parts(
@@ -26,7 +29,7 @@ def find_parts(
     decompositions: Sequence[Sequence[int]],
     dictionary: Mapping[str, str],
     encode: Callable[[str], list[int]],
-    byte_length: Callable[[int], int],
+    spelling: Callable[[int], bytes],
 ) -> list[Parts]:
     """Parts of every new token.
 
@@ -35,17 +38,33 @@ def find_parts(
         decompositions: their ids in the old tokenizer.
         dictionary: target-language term → old-language translation.
         encode: the old tokenizer on a term as it stands inside a sentence, with the space before it.
-        byte_length: bytes that an old token spells.
+        spelling: the bytes that an old token stands for.
     """
     found = []
     for text, decomposition in zip(texts, decompositions, strict=True):
         translation = dictionary.get(text.strip(WORD_START))
-        if translation:
-            ids, origin = encode(translation), "dictionary"
-        else:
-            ids, origin = list(decomposition), "subwords"
-        found.append(Parts(ids, [max(byte_length(i), 1) for i in ids], origin))
+        ids = encode(translation) if translation else list(decomposition)
+        origin = "dictionary" if translation else "subwords"
+        found.append(Parts(ids, count_characters([spelling(i) for i in ids]), origin))
     return found
+
+
+def count_characters(spellings: Sequence[bytes]) -> list[float]:
+    """Characters that each of a text's consecutive pieces spells, the bytes of one character sharing it equally.
+
+    >>> count_characters([b"a ", "폐".encode()[:1], "폐".encode()[1:]])
+    [2.0, 0.3333333333333333, 0.6666666666666666]
+    """
+    share_of_byte = [
+        1 / len(char.encode(errors="surrogateescape"))
+        for char in b"".join(spellings).decode(errors="surrogateescape")
+        for _ in char.encode(errors="surrogateescape")
+    ]
+    counts, start = [], 0
+    for spelling in spellings:
+        counts.append(sum(share_of_byte[start : start + len(spelling)]))
+        start += len(spelling)
+    return counts
 
 
 def first_translation(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

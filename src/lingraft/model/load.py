@@ -7,7 +7,9 @@ shards, a tokenizer with more tokens than the model has rows.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lingraft.errors import ModelError
+from lingraft.families import family
 
 transformers_logging.set_verbosity_error()  # what matters of its messages is raised here as one line
 transformers_logging.disable_progress_bar()
@@ -25,10 +28,13 @@ transformers_logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What belongs to a checkpoint beside weights and config, copied along unchanged.
-COMPANIONS = (
+PROCESSOR_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "processor_config.json",
+)
+TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "tokenizer.json",
@@ -38,6 +44,9 @@ COMPANIONS = (
     "added_tokens.json",
     "graft.json",
 )
+COMPANIONS = PROCESSOR_FILES + TOKENIZER_FILES
+# How configs call ids that have a meaning outside the text: eos_token_id, image_token_index, …
+_SPECIAL_ID = re.compile(r"_token_(id|index)$")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,11 +105,25 @@ def check(folder: Path, tokens: int | None = None) -> None:
     config = read_config(folder)
     weight_files(folder)
     rows = config.get_text_config().vocab_size
-    if tokens is not None and tokens > rows:
+    if tokens is not None and tokens > rows + family(config.model_type).rowless_tokens:
         raise ModelError(
             f"{folder}: the tokenizer has {tokens:,} tokens but the model only {rows:,} rows: they don't belong "
             "together; use the tokenizer that came with these weights"
         )
+
+
+def special_ids(folder: Path) -> frozenset[int]:
+    """The ids that a checkpoint's configs use by number, for example to end a turn or to mark an image."""
+    paths = [folder / "config.json", folder / "generation_config.json"]
+    return frozenset(i for path in paths if path.is_file() for i in _special_ids(json.loads(path.read_text("utf-8"))))
+
+
+def _special_ids(section: dict[str, Any]) -> Iterator[int]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _special_ids(value)
+        elif _SPECIAL_ID.search(key) and value is not None:
+            yield from value if isinstance(value, list) else [value]
 
 
 def is_tied(config: Any) -> bool:
@@ -185,9 +208,9 @@ def save(model: PreTrainedModel, folder: Path, companions: Path) -> None:
     copy_companions(companions, folder)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the files that belong to a checkpoint beside weights and config."""
-    for name in COMPANIONS:
+def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:
+    """Copy the files that belong to a checkpoint beside weights and config, those of `names` that there are."""
+    for name in names:
         if (source / name).is_file():
             shutil.copy2(source / name, folder / name)
 
@@ -222,46 +245,6 @@ def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     """The (V, D) output matrix; the same object as the input matrix where they are tied."""
     head: Any = model.get_output_embeddings()
     return head.weight
-
-
-def untie(model: PreTrainedModel) -> None:
-    """Give the model an output matrix of its own, equal to the input matrix; logits stay bit-equal.
-
-    Both configs must say so, since readers differ in which of the two they ask.
-    """
-    head: Any = model.get_output_embeddings()
-    head.weight = nn.Parameter(input_matrix(model).detach().clone())
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and getattr(module, "_tied_weights_keys", None):
-            module._tied_weights_keys = {}
-
-
-def resize(model: PreTrainedModel, rows: int) -> None:
-    """Grow both matrices to `rows` rows; rows that exist stay as they are, new ones are zero until they are set.
-
-    Never shrinks: pad rows beyond the tokenizer are kept.
-    """
-    if rows <= input_matrix(model).shape[0]:
-        return
-    tied = output_matrix(model) is input_matrix(model)
-    grown = _grown(input_matrix(model), rows)
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    embedding.weight = grown
-    embedding.num_embeddings = rows
-    head.weight = grown if tied else _grown(head.weight, rows)
-    head.out_features = rows
-    for config in (model.config, model.config.get_text_config()):
-        if hasattr(config, "vocab_size"):
-            config.vocab_size = rows
-
-
-def _grown(matrix: nn.Parameter, rows: int) -> nn.Parameter:
-    extra = matrix.new_zeros(rows - matrix.shape[0], matrix.shape[1])
-    return nn.Parameter(torch.cat([matrix.detach(), extra]))
 
 
 def _first(error: BaseException) -> str:

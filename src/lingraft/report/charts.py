@@ -7,8 +7,9 @@ them at full width; wider pages put several side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 
 from lingraft.report.numbers import count, decimals, interval, is_number, percent, percent_interval
 
@@ -17,6 +18,7 @@ DODGE = 5.0  # pixels between lines at one step, so that whiskers don't hide eac
 WIDE = 8  # values this many times apart get a logarithmic axis
 MAX_STEP_LABELS = 10
 MAX_LOSS_POINTS = 120
+SOURCE_STYLES = tuple(f"{colour} dash{dash}" for dash in range(3) for colour in ("target", "old", "other"))
 SHARE_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 BAR_WIDTH, BAR_LEFT, BAR_RIGHT = 400, 4.0, 346.0  # the rest of the width is for the written values
@@ -53,11 +55,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one line; `style` is its CSS class: colour for the language, dash for the set."""
+    """The points of one line; `style` is its CSS class: colour for the language, dash for the set.
+
+    `marks` are points on the line that stand out, for lines of so many points that they get no dots."""
 
     name: str
     style: str
     points: list[Point]
+    marks: list[Point] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -179,6 +184,33 @@ def loss_chart(title: str, pairs: Sequence[Sequence[float]]) -> LineChart | None
     return _draw(title, series, (first, last), x_ticks, _number_ticks(series), width=300, height=170, dodge=0)
 
 
+def savings_chart(title: str, curves: Mapping[str, dict]) -> LineChart | None:
+    """Share of tokens saved against slots spent, a line for each source with its knee marked; None without curves.
+
+    Each curve holds "points", pairs of slots and share saved, and "knee", see `lingraft.tokenizer.economics`.
+    """
+    styles = cycle(SOURCE_STYLES)
+    series = [_savings_series(name, next(styles), curve) for name, curve in curves.items()]
+    if not series:
+        return None
+    last = max(line.points[-1].x for line in series)
+    x_ticks = [Tick(x, count(x)) for x in nice_ticks(0, last, 4) if x <= last]
+    tops = nice_ticks(0, max(max(point.y for line in series for point in line.points), 0.01))
+    y_ticks = [Tick(share, percent(share, 0 if tops[1] >= 0.01 else 1)) for share in tops]
+    return _draw(title, series, (0, last), x_ticks, y_ticks, width=560, height=280, dodge=0)
+
+
+def _savings_series(name: str, style: str, curve: dict) -> Series:
+    points = [
+        Point(slots, saved, f"{name}, {count(slots)} slots: {percent(saved)} saved") for slots, saved in curve["points"]
+    ]
+    marks = []
+    if bend := curve["knee"]:
+        title = f"{name}, knee at {count(bend['slots'])} slots: {percent(bend['saved'])} saved"
+        marks.append(Point(bend["slots"], bend["saved"], title))
+    return Series(name, style, points, marks)
+
+
 def _values(series: Sequence[Series]) -> list[float]:
     """Every value and whisker end."""
     return [value for line in series for point in line.points for value in (point.y, *(point.ends or ()))]
@@ -233,10 +265,11 @@ def _draw(
     lines = []
     for index, line in enumerate(shown):
         shift = dodge * (index - (len(shown) - 1) / 2)
-        marks = [
-            Point(x_axis.pixel(p.x) + shift, y_axis.pixel(p.y), p.title, y_axis.pixels(p.ends)) for p in line.points
-        ]
-        lines.append(Series(line.name, line.style, marks))
+        points, marks = (
+            [Point(x_axis.pixel(p.x) + shift, y_axis.pixel(p.y), p.title, y_axis.pixels(p.ends)) for p in of_line]
+            for of_line in (line.points, line.marks)
+        )
+        lines.append(Series(line.name, line.style, points, marks))
     return LineChart(
         title=title,
         width=width,

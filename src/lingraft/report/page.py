@@ -90,8 +90,9 @@ def _charts(data: dict) -> dict[str, Any]:
         for number, stage in enumerate(data.get("stages") or [], start=1)
     ]
     board = data.get("scoreboard") or []
+    always = {"losses": losses, "savings": _savings_chart(data)}
     if len(board) < 2:  # a line needs two points, a comparison two sides
-        return {"losses": losses}
+        return always
 
     def over_steps(part: str, key: str) -> list[tuple[str, dict]]:
         return [(entry.get("title") or entry["step"], (entry.get(part) or {}).get(key) or {}) for entry in board]
@@ -107,12 +108,21 @@ def _charts(data: dict) -> dict[str, Any]:
     accuracy = [charts.accuracy_series(questions) for questions in sets]
     ends = [replace(questions, measured=[questions.measured[0], questions.measured[-1]]) for questions in sets]
     labels = step_labels(data)
-    return {
+    return always | {
         "bits": charts.line_chart("Bits per byte after each step", bits, labels),
         "accuracy": charts.line_chart("Right answers after each step", accuracy, labels, as_percent=True),
         "before_after": charts.bar_chart("Right answers, before and after", ends),
-        "losses": losses,
     }
+
+
+def _savings_chart(data: dict) -> charts.LineChart | None:
+    """The curve of each source, and of all together where there are several."""
+    economics = (data.get("tokenizer") or {}).get("economics")
+    if not economics:
+        return None
+    entries = summary.token_entries(economics["compared"])
+    curves = {name: entry["curve"] for name, entry in entries.items() if entry["curve"]}
+    return charts.savings_chart("Share of tokens saved by the slots spent", curves)
 
 
 def _gates(data: dict) -> list[dict[str, Any]]:
@@ -166,6 +176,7 @@ def render(data: dict) -> str:
             styles=_styles(data),
             sets=summary.question_sets(data),
             labels=step_labels(data),
+            token_entries=summary.token_entries,
             comparisons=summary.comparisons(data),
             verdict=summary.verdict(data),
             charts=_charts(data),
@@ -177,11 +188,20 @@ def render(data: dict) -> str:
 
 
 def write(data: dict, path: Path) -> None:
-    """Render the page and publish it at `path`: a reader sees the old page or the new one, never half of one.
+    """Render the page and publish it at `path`. Raises RunError where the file can't be written."""
+    publish(render(data), path)
+
+
+def render_template(name: str, **values: Any) -> str:
+    """A template of this folder with its values."""
+    return _environment().get_template(name).render(**values)
+
+
+def publish(text: str, path: Path) -> None:
+    """Write a page: a reader sees the old one or the new one, never half of one.
 
     Raises RunError where the file can't be written.
     """
-    text = render(data)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")

@@ -79,6 +79,12 @@ def set_title(name: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+def token_entries(compared: dict) -> dict[str, dict]:
+    """Token savings by source; all together last, where there are several sources."""
+    together = {"together": compared["together"]} if len(compared["sources"]) > 1 else {}
+    return {**compared["sources"], **together}
+
+
 def first_and_last(data: dict, part: str, key: str) -> tuple[dict, dict]:
     """The base's and the latest numbers of one language or question set; empty where it was not measured."""
     before, after = ((data["scoreboard"][end].get(part) or {}).get(key) or {} for end in (0, -1))

@@ -87,8 +87,10 @@ def check(folder: Path) -> None:
     models.check(folder, tokens=len(load_tokenizer(folder)))
 
 
-def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:
+def fetch(repository: str, revision: str | None, weights: bool = True, where: str = "base.model") -> Path:
     """Download a hub repository's configs and tokenizer, and its safetensors if wanted (or find them in the cache).
+
+    `where` is the place in the recipe that names it.
 
     Raises:
         ModelError: unknown, gated, or out of reach, with the cure.
@@ -106,16 +108,16 @@ def fetch(repository: str, revision: str | None, weights: bool = True) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED if weights else WANTED[1:]))
     except GatedRepoError as error:
         raise ModelError(
-            f"base.model: {repository} asks you to accept its licence: open https://huggingface.co/{repository}, "
+            f"{where}: {repository} asks you to accept its licence: open https://huggingface.co/{repository}, "
             "accept, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"base.model: no folder and no public repository named {repository}; check the name, or log in with "
+            f"{where}: no folder and no public repository named {repository}; check the name, or log in with "
             "`hf auth login` if it is private"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise HubUnreachable(
-            f"base.model: {repository} is not a local folder, and the hub can't be reached; "
-            "download it where there is a network and set base.model to its folder"
+            f"{where}: {repository} is not a local folder, and the hub can't be reached; "
+            f"download it where there is a network and set {where} to its folder"
         ) from error

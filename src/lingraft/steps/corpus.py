@@ -26,7 +26,24 @@ from lingraft.steps.context import Context
 def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     """Write the corpus into `out`; returns each source's counts for the manifest."""
     recipe = context.recipe
-    sources = [
+    counts = corpus_build.build(
+        sources(context),
+        out,
+        seed=recipe.seed,
+        held_out_documents=recipe.corpus.max_held_out_documents,
+        overlap_words=13 if recipe.corpus.decontaminate else None,
+        save_rejects=recipe.corpus.save_rejects,
+    )
+    for language in context.languages():
+        _require_held_out(recipe, counts, language)
+    replayed = [source.name for source in recipe.corpus.sources if source.replay]
+    return {"sources": counts, "replayed_from_base": replayed}
+
+
+def sources(context: Context) -> list[corpus_build.Source]:
+    """The recipe's sources, each with its reader and its filters."""
+    recipe = context.recipe
+    return [
         corpus_build.Source(
             name=source.name,
             records=_records(context, source, f"corpus.sources[{i}]"),
@@ -41,18 +58,6 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
         )
         for i, source in enumerate(recipe.corpus.sources)
     ]
-    counts = corpus_build.build(
-        sources,
-        out,
-        seed=recipe.seed,
-        held_out_documents=recipe.corpus.max_held_out_documents,
-        overlap_words=13 if recipe.corpus.decontaminate else None,
-        save_rejects=recipe.corpus.save_rejects,
-    )
-    for language in context.languages():
-        _require_held_out(recipe, counts, language)
-    replayed = [source.name for source in recipe.corpus.sources if source.replay]
-    return {"sources": counts, "replayed_from_base": replayed}
 
 
 def _require_held_out(recipe: Recipe, counts: dict[str, dict[str, Any]], language: str) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lingraft.artifact import Hashes
+from lingraft.embeddings.rules import SEEDED
 from lingraft.errors import CorpusError
 from lingraft.miniature.sets import source_files as miniature_files
 from lingraft.model import load as models
-from lingraft.model.fingerprint import differences, fingerprint
-from lingraft.recipe import Recipe
+from lingraft.model.surgery import VocabularyRows, altered, open_checkpoint, vocabulary_rows, write_grafted
+from lingraft.recipe import Embeddings, Recipe
+from lingraft.steps import distillation
 from lingraft.steps.context import Context
-from lingraft.steps.rows import initial_rows
-from lingraft.tokenizer.graft import read_graft
+from lingraft.steps.donor import donor_key
+from lingraft.steps.rows import NewRows, initial_rows, plain_rows
+from lingraft.tokenizer.graft import GraftedPiece, read_graft
 
-ROWS_MULTIPLE = 64
 LOGITS_TEXTS, LOGITS_TOKENS = 4, 64
 # of a logit's spread; zero in practice, but a matrix with more rows may be multiplied in another order
 LOGITS_TOLERANCE = 1e-3
@@ -27,47 +33,81 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     """Write the grafted checkpoint into `out`; returns statistics by method."""
     settings = context.recipe.embeddings
     base_folder = context.base.folder
-    model = models.load(base_folder)
-    base_shape = {"parameters": sum(p.numel() for p in model.parameters()), "tied": models.is_tied(model.config)}
     tokens = read_graft(context.tokenizer)
-    ids = [token.id for token in tokens]
-
-    old_rows = models.input_matrix(model).detach()
-    old_ids = torch.tensor(sorted(set(range(old_rows.shape[0])) - set(ids)))
     old_text = _old_text(context)
-    logits_before = _logits(model, old_text, old_ids)
-    if settings.tie == "untie" and models.output_matrix(model) is models.input_matrix(model):
-        models.untie(model)
-    before = fingerprint(model, ids)
-    rows_before = old_rows.shape[0]
-    if max(ids) >= rows_before:
-        models.resize(model, -(-(max(ids) + 1) // ROWS_MULTIPLE) * ROWS_MULTIPLE)
-
-    tied = models.output_matrix(model) is models.input_matrix(model)
-    old_head = None if tied else models.output_matrix(model).detach()[:rows_before]
-    new = initial_rows(context.recipe, base_folder, tokens, old_rows, old_head)
-    with torch.no_grad():
-        if new.output is not None:
-            models.output_matrix(model)[ids] = new.output.to(old_rows.dtype)
-        models.input_matrix(model)[ids] = new.input.to(old_rows.dtype)
-
-    frozen = {name for name in before if not name.endswith("[new rows]")}
-    changed = differences(before, _same_rows(model, ids, rows_before)) & frozen
-    assert not changed, f"the graft changed what it must not: {sorted(changed)}"
-    logits_difference = _largest_difference(logits_before, _logits(model, old_text, old_ids))
+    base, logits_before = _measure(base_folder, old_text, tokens)
+    grafted = out if settings.distillation is None else work / "grafted"
+    written = write_checkpoint(
+        base_folder,
+        context.tokenizer,
+        grafted,
+        lambda input_VD, output_VD: initial_rows(context.recipe, base_folder, tokens, input_VD, output_VD, context),
+        untie=settings.tie == "untie",
+    )
+    after, logits_after = _measure(grafted, old_text, tokens)
+    logits_difference = _largest_difference(logits_before, logits_after)
     assert logits_difference < LOGITS_TOLERANCE, f"the graft moved old tokens' logits by {logits_difference:.2g}"
-    models.save(model, out, companions=base_folder)
-    models.copy_companions(context.tokenizer, out)
-    return {
+    distilled = settings.distillation and distillation.run(
+        context, settings.distillation, grafted, out, work / "distillation"
+    )
+    return written | {
         "old_logits_largest_difference": logits_difference,
-        "base": base_shape,
-        "rows_before": rows_before,
-        "rows_after": models.input_matrix(model).shape[0],
-        "tied": tied,
+        "base": base,
+        "distillation": distilled,
+        "parameters": after["parameters"],
+    }
+
+
+def write_checkpoint(
+    base: Path,
+    tokenizer: Path,
+    out: Path,
+    rows: Callable[[Tensor, Tensor | None], NewRows],
+    *,
+    untie: bool,
+) -> dict[str, Any]:
+    """Write the checkpoint `base` with the vocabulary of the grafted `tokenizer` into `out`, never whole in memory.
+
+    `rows` gives the new tokens' rows from the base's input and output rows (V, D), None for the latter where the graft
+    stays tied. What is not the new tokens' is proven bit-identical by reading it again.
+
+    Returns:
+        Plain data: rows before and after, whether tied, how the rows were made, and the seconds that each part took.
+    Raises:
+        ModelError: the weights are not of a kind that can be grafted.
+    """
+    tokens = read_graft(tokenizer)
+    ids = [token.id for token in tokens]
+    checkpoint = open_checkpoint(base)
+    old = vocabulary_rows(checkpoint)
+    times = [time.monotonic()]
+    new = rows(old.input, old.input if checkpoint.tied and untie else old.output)
+    per_layer = None if old.per_layer is None else plain_rows(Embeddings(), base, tokens, old.per_layer, None).input
+    times.append(time.monotonic())
+    rows_after = write_grafted(base, out, ids, VocabularyRows(new.input, new.output, per_layer))
+    models.copy_companions(base, out, models.PROCESSOR_FILES)
+    models.copy_companions(tokenizer, out, models.TOKENIZER_FILES)
+    times.append(time.monotonic())
+    changed = altered(base, out, ids)
+    assert not changed, f"the graft changed what it must not: {changed}"
+    times.append(time.monotonic())
+    return {
+        "rows_before": len(old.input),
+        "rows_after": rows_after,
+        "tied": checkpoint.tied and not untie,
         "input": new.input_methods,
         "output": new.output_methods,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": dict(zip(("rows", "write", "proof"), (b - a for a, b in pairwise(times)), strict=True)),
     }
+
+
+def _measure(folder: Path, texts: list[list[int]], tokens: list[GraftedPiece]) -> tuple[dict[str, Any], list[Tensor]]:
+    """A checkpoint's size, and its logits (T, rows less the new tokens') on each text; loaded for this alone."""
+    model = models.load(folder)
+    new = {token.id for token in tokens}
+    old_ids = torch.tensor([i for i in range(models.input_matrix(model).shape[0]) if i not in new])
+    shape = {"parameters": sum(p.numel() for p in model.parameters()), "tied": models.is_tied(model.config)}
+    return shape, _logits(model, texts, old_ids)
 
 
 def _old_text(context: Context) -> list[list[int]]:
@@ -85,33 +125,32 @@ def _logits(model: Any, texts: list[list[int]], old_ids: torch.Tensor) -> list[t
 
 
 def _largest_difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
-    """The largest change of a logit, relative to the spread of the logits at its position."""
+    """The largest change of a logit of the base's ids, relative to the spread of the logits at its position."""
+    both = ((b, a[:, : b.shape[1]]) for b, a in zip(before, after, strict=True))
     return max(
-        (float(((b - a).abs().amax(dim=1) / b.std(dim=1)).max()) for b, a in zip(before, after, strict=True)),
+        (float(((b - a).abs().amax(dim=1) / b.std(dim=1)).max()) for b, a in both),
         default=0.0,
     )
 
 
 def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
-    """Hash of the dictionary, if there is one."""
-    dictionary = recipe.embeddings.dictionary
-    if dictionary is None:
-        return {}
-    if dictionary.path is None:
-        return hashes.files(miniature_files())
-    path = recipe.path(dictionary.path)
-    if not path.is_file():
-        raise CorpusError(f"embeddings.dictionary.path: no such file {path}; paths are relative to the recipe")
-    return {"dictionary": hashes.file(path)}
-
-
-def _same_rows(model: Any, ids: list[int], rows: int) -> dict[str, str]:
-    """Fingerprint of the grafted model with its vocabulary cut back to the rows it had before."""
-    full_input, full_output = models.input_matrix(model), models.output_matrix(model)
-    cut = torch.nn.Parameter(full_input.detach()[:rows])
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    embedding.weight = cut
-    head.weight = cut if full_output is full_input else torch.nn.Parameter(full_output.detach()[:rows])
-    prints = fingerprint(model, [i for i in ids if i < rows])
-    embedding.weight, head.weight = full_input, full_output
-    return prints
+    """Hashes of what the rules read beside base, corpus and tokenizer: dictionary, word vectors, donor."""
+    settings = recipe.embeddings
+    found: dict[str, str] = {}
+    files: dict[str, str] = {}
+    if settings.dictionary and settings.dictionary.path is None:
+        found = hashes.files(miniature_files())
+    elif settings.dictionary:
+        files["dictionary.path"] = settings.dictionary.path or ""
+    if settings.vectors:
+        files |= {"vectors.target": settings.vectors.target, "vectors.old": settings.vectors.old}
+    for key, name in files.items():
+        path = recipe.path(name)
+        if not path.is_file():
+            raise CorpusError(f"embeddings.{key}: no such file {path}; paths are relative to the recipe")
+        found[key] = hashes.file(path)
+    if settings.donor:
+        found["donor"] = donor_key(recipe, hashes)
+    if {settings.input, settings.output} & SEEDED:
+        found["seed"] = str(recipe.seed)
+    return found

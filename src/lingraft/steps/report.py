@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lingraft.languages import LANGUAGE_NAMES
 from lingraft.recipe_file import dump
 from lingraft.steps.context import grafted_pieces
+from lingraft.steps.economics import published
+from lingraft.steps.shape import shape_if_known
 
 if TYPE_CHECKING:
     from lingraft.pipeline import Plan
@@ -52,6 +54,8 @@ def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: 
         "scoreboard": entries,
         "tokenizer": _tokenizer(plan, results.get("02-tokenizer")),
         "embeddings": {k: embeddings[k] for k in ("input", "output")} if embeddings else None,
+        "distillation": embeddings.get("distillation") if embeddings else None,
+        "probe": embeddings.get("probe") if embeddings else None,
         "stages": [
             result
             | {
@@ -78,6 +82,7 @@ def _tokenizer(plan: Plan, result: dict[str, Any] | None) -> dict[str, Any] | No
     pieces = grafted_pieces(plan.run / "02-tokenizer")
     every = max(1, len(pieces) // EXAMPLES)
     return result | {
+        "economics": published(plan, shape_if_known(plan)[0]),
         "route": route,
         "examples": [
             {"piece": p.piece, "id": p.id, "count": p.count, "decomposition": p.base_pieces}

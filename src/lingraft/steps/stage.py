@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lingraft.artifact import write_json
-from lingraft.corpus.build import read_documents
+from lingraft.corpus.build import Part, read_documents
 from lingraft.errors import CorpusError
 from lingraft.families import family
 from lingraft.model.load import load_tokenizer, read_config
@@ -95,12 +95,20 @@ def stage_settings(recipe: Recipe, stage: Stage, index: int, source: Path) -> St
     )
 
 
-def make_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> tuple[Batches, int]:
+def make_batches(
+    context: Context,
+    stage: Stage,
+    settings: StageSettings,
+    folder: Path,
+    cut: Callable[[Encoded], list[Encoded]] = lambda document: [document],
+) -> tuple[Batches, int]:
     """Tokenise the stage's documents with the folder's tokenizer and lay out its batches.
 
     A key of the stage's data that names a language shares its weight among that language's sources, in proportion to
     their tokens times their own weight. A chat longer than a row is left out, never cut.
 
+    Args:
+        cut: splits a text for a loss that needs it shorter than a row of the batch.
     Returns:
         The batches, and how many chats were left out.
     """
@@ -112,7 +120,7 @@ def make_batches(context: Context, stage: Stage, settings: StageSettings, folder
     for key, sources in recipe.sources_for(stage).items():
         sizes: dict[str, float] = {}
         for source in sources:
-            documents = list(_encode(context.corpus, source.name, tokenizer))
+            documents = [piece for d in encode(context.corpus, "train", source.name, tokenizer) for piece in cut(d)]
             kept = [d for d in documents if source.format == "text" or len(d) <= stage.sequence_length]
             left_out += len(documents) - len(kept)
             if kept:
@@ -142,9 +150,10 @@ def make_batches(context: Context, stage: Stage, settings: StageSettings, folder
     return batches, left_out
 
 
-def _encode(corpus: Path, source: str, tokenizer: Any) -> Iterator[Encoded]:
+def encode(corpus: Path, part: Part, source: str, tokenizer: Any) -> Iterator[Encoded]:
+    """The documents of a source as tokens."""
     waiting: list[dict[str, Any]] = []
-    for document in read_documents(corpus, "train", source):
+    for document in read_documents(corpus, part, source):
         if "messages" in document:
             ids, learnt = encode_chat(tokenizer, document["messages"])
             yield Encoded(np.array(ids, np.int32), np.array(learnt), document["id"])

@@ -7,15 +7,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lingraft.corpus.build import document_text, read_documents
 from lingraft.families import family
 from lingraft.model.load import read_config
-from lingraft.recipe import Recipe, Tokenizer
+from lingraft.recipe import Recipe, Source
 from lingraft.steps.context import Context
 from lingraft.tokenizer.check import verify
-from lingraft.tokenizer.graft import graft, place, write
+from lingraft.tokenizer.economics import compare
+from lingraft.tokenizer.graft import GraftedTokenizer, Placement, graft, place, write
 from lingraft.tokenizer.inspect import fertility, segmentation
-from lingraft.tokenizer.learn import learn
-from lingraft.tokenizer.load import load
+from lingraft.tokenizer.learn import balance, learn
+from lingraft.tokenizer.load import BaseTokenizer, load
 
 SCRIPTS = {"ko": {"Hangul"}, "ja": {"Hiragana", "Katakana", "Han"}, "zh": {"Han"}}
 CHECKED_TEXTS = 500
@@ -25,18 +27,8 @@ SHOWN_TEXTS = 4
 def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     """Write the grafted tokenizer into `out`; returns what changed, for the manifest and the report."""
     recipe = context.recipe
-    settings = recipe.tokenizer
-    assert settings is not None
     base = load(context.base.folder)
-    learnt = learn(
-        base,
-        _weighted_texts(context, settings),
-        new_tokens=settings.new_tokens,
-        min_frequency=settings.min_frequency,
-        scripts=scripts(recipe),
-        max_piece_chars=settings.max_piece_characters,
-    )
-    placement = place(base, learnt, family=family(read_config(context.base.folder).model_type), slots=settings.slots)
+    placement = learn_and_place(context, base)
     grafted = graft(base, placement)
     write(grafted, out)
 
@@ -46,8 +38,8 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     checked = verify(base, out, old_texts=old_texts, new_texts=samples[target])
     before, after = load(context.base.folder), load(out)
     return {
-        "new_tokens": len(learnt.pieces),
-        "characters": sum(piece.kind == "character" for piece in learnt.pieces),
+        "new_tokens": len(placement.pieces),
+        "characters": sum(piece.kind == "character" for piece in placement.pieces),
         "reused_slots": len(placement.reused),
         "appended": placement.appended,
         "vocabulary_before": len(before),
@@ -65,12 +57,49 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
             for lang, texts in samples.items()
             if texts
         },
+        "economics": economics(context, base, grafted),
         "segmentation": [
             shown | {"language": lang}
             for lang, texts in samples.items()
             for shown in segmentation(before, after, [_sentence(text) for text in texts[:SHOWN_TEXTS]])
         ],
     }
+
+
+def learn_and_place(context: Context, base: BaseTokenizer) -> Placement:
+    """New pieces from the corpus step's training text, as the recipe asks, each with its id."""
+    settings = context.recipe.tokenizer
+    assert settings is not None
+    learnt = learn(
+        base,
+        _weighted_texts(context),
+        new_tokens=settings.new_tokens,
+        min_frequency=settings.min_frequency,
+        scripts=scripts(context.recipe),
+        max_piece_chars=settings.max_piece_characters,
+        max_words=settings.max_words,
+        characters_first=settings.characters_first,
+        nfc=settings.nfc,
+    )
+    model_type = read_config(context.base.folder).model_type
+    return place(base, learnt, family=family(model_type), slots=settings.slots)
+
+
+def economics(context: Context, base: BaseTokenizer, grafted: GraftedTokenizer) -> dict[str, Any] | None:
+    """What the new pieces save on the held-out text of each source that they are learnt from; None without any."""
+    texts = {
+        source.name: [document_text(d) for d in read_documents(context.corpus, "held-out", source.name)]
+        for source in learnt_from(context.recipe)
+    }
+    held_out = {name: lines for name, lines in texts.items() if lines}
+    return compare(base, grafted.tokenizer, held_out, grafted.pieces, scripts(context.recipe)) if held_out else None
+
+
+def learnt_from(recipe: Recipe) -> list[Source]:
+    """The sources that new pieces are learnt from: the recipe's choice, else all of the target language."""
+    assert recipe.tokenizer is not None
+    wanted = recipe.tokenizer.sources or [recipe.languages.target]
+    return [source for source in recipe.corpus.sources if source.name in wanted or source.language in wanted]
 
 
 def scripts(recipe: Recipe) -> frozenset[str] | None:
@@ -82,15 +111,19 @@ def scripts(recipe: Recipe) -> frozenset[str] | None:
     return frozenset(own) if own else None
 
 
-def _weighted_texts(context: Context, settings: Tokenizer) -> Iterator[tuple[str, float]]:
-    from lingraft.corpus.build import document_text, read_documents
+def _weighted_texts(context: Context) -> Iterator[tuple[str, float]]:
+    """The training text, each source with its own weight times the one that balances it against larger sources."""
+    assert context.recipe.tokenizer is not None
+    sources = learnt_from(context.recipe)
+    sizes = {source.name: float(sum(map(len, _texts(context, source)))) for source in sources}
+    weights = balance(sizes, context.recipe.tokenizer.balance)
+    for source in sources:
+        for text in _texts(context, source):
+            yield text, source.weight * weights[source.name]
 
-    recipe = context.recipe
-    wanted = settings.sources or [recipe.languages.target]
-    for source in recipe.corpus.sources:
-        if source.name in wanted or source.language in wanted:
-            for document in read_documents(context.corpus, "train", source.name):
-                yield document_text(document), source.weight
+
+def _texts(context: Context, source: Source) -> Iterator[str]:
+    return map(document_text, read_documents(context.corpus, "train", source.name))
 
 
 def _sentence(text: str) -> str:

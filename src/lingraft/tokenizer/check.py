@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from lingraft.errors import TokenizerError
 from lingraft.tokenizer.graft import GraftedTokenizer, read_graft
 from lingraft.tokenizer.load import BaseTokenizer, load
+from lingraft.tokenizer.runtimes import disagreements
 
 Changed = tuple[str, list[int], list[int]]
 
@@ -32,17 +31,15 @@ def round_trip_failures(old: BaseTokenizer, new: BaseTokenizer, texts: Sequence[
     return [(text, before, after) for text, before, after in rows if before != after]
 
 
-def runtime_mismatches(folder: Path | str, texts: Sequence[str]) -> list[Changed]:
-    """(text, Hugging Face's ids, SentencePiece's ids) where a folder's two files cut a text differently."""
-    return _mismatches(load(folder), texts)
+def runtime_mismatches(
+    folder: Path | str, texts: Sequence[str], pre_tokenizer: str = "default"
+) -> list[tuple[str, str, list[int], list[int]]]:
+    """(runtime, text, Hugging Face's ids, the runtime's ids) wherever SentencePiece or llama.cpp cuts differently.
 
-
-def _mismatches(tokenizer: BaseTokenizer, texts: Sequence[str]) -> list[Changed]:
-    if tokenizer.proto is None:
-        return []
-    processor = SentencePieceProcessor(model_proto=tokenizer.proto.SerializeToString())
-    rows = zip(texts, tokenizer.encode(texts), processor.encode(list(texts), out_type=int), strict=True)
-    return [(text, ours, theirs) for text, ours, theirs in rows if ours != theirs]
+    See `lingraft.tokenizer.runtimes.disagreements` for what can be compared, and for `pre_tokenizer`.
+    """
+    found = disagreements(load(folder), texts, pre_tokenizer)
+    return [(runtime, *row) for runtime, rows in found.items() for row in rows]
 
 
 def unreachable(grafted: GraftedTokenizer) -> list[str]:
@@ -52,13 +49,19 @@ def unreachable(grafted: GraftedTokenizer) -> list[str]:
 
 
 def verify(
-    base: BaseTokenizer, folder: Path | str, old_texts: Sequence[str], new_texts: Sequence[str]
+    base: BaseTokenizer,
+    folder: Path | str,
+    old_texts: Sequence[str],
+    new_texts: Sequence[str],
+    pre_tokenizer: str = "default",
 ) -> dict[str, int]:
-    """Check a written graft: old-language texts keep their ids; every text comes back whole; Hugging Face and
-    SentencePiece agree wherever they agreed on the base; every new piece can come out.
+    """Check a written graft: old-language texts keep their ids; every text comes back whole; Hugging Face,
+    SentencePiece and (where installed) llama.cpp agree wherever they agreed on the base; every new piece can come out.
 
-    Returns how many texts and pieces were checked, and on how many texts the two runtimes disagree as they did
-    on the base (Llama: lines that begin with spaces). Raises TokenizerError with the first offending line.
+    pre_tokenizer: llama.cpp's name of a byte-level base's pre-tokenizer; "default" leaves llama.cpp out for those.
+
+    Returns how many texts and pieces were checked, with how many runtimes Hugging Face was compared, and on how many
+    texts they disagree as they did on the base. Raises TokenizerError with the first offending line.
     """
     new = load(folder)
     pieces = read_graft(folder)
@@ -76,15 +79,16 @@ def verify(
             f"{folder}: {len(failures):,} of {len(texts):,} lines do not come back whole, first {_short(text)}, "
             f"which became {_short(restored)}; the base tokenizer's decoder does not suit a graft"
         )
-    mismatches = _mismatches(new, texts)
-    known = {text for text, _, _ in _mismatches(base, [text for text, _, _ in mismatches])}
-    if fresh := [row for row in mismatches if row[0] not in known]:
-        text, ours, theirs = fresh[0]
-        raise TokenizerError(
-            f"{folder}: Hugging Face and SentencePiece disagree on {len(fresh):,} of {len(texts):,} lines, first "
-            f"{_short(text)}: {_cut(new, ours)} against {_cut(new, theirs)}; delete the base's tokenizer.model "
-            "to go on with tokenizer.json alone"
-        )
+    runtimes = disagreements(new, texts, pre_tokenizer)
+    inherited = _inherited(base, runtimes, pre_tokenizer)
+    for runtime, rows in runtimes.items():
+        if fresh := [row for row in rows if row[0] not in inherited[runtime]]:
+            text, ours, theirs = fresh[0]
+            raise TokenizerError(
+                f"{folder}: Hugging Face and {runtime} disagree on {len(fresh):,} of {len(texts):,} lines where they "
+                f"agreed before, first {_short(text)}: {_cut(new, ours)} against {_cut(new, theirs)}; delete the "
+                "base's tokenizer.model to go on with tokenizer.json alone"
+            )
     if dead := unreachable(GraftedTokenizer(new, pieces)):
         raise TokenizerError(
             f"{folder}: {len(dead):,} of {len(pieces):,} new pieces can never come out, first {dead[0]!r}; "
@@ -94,8 +98,16 @@ def verify(
         "old_texts": len(old_texts),
         "new_texts": len(new_texts),
         "new_pieces": len(pieces),
-        "runtimes_disagree_as_before": len(mismatches),
+        "runtimes_compared": len(runtimes),
+        "runtimes_disagree_as_before": len(set().union(*inherited.values())),
     }
+
+
+def _inherited(base: BaseTokenizer, runtimes: dict[str, list[Changed]], pre_tokenizer: str) -> dict[str, set[str]]:
+    """Runtime → those of the texts in question on which the base's own runtimes disagree already."""
+    suspects = list(dict.fromkeys(text for rows in runtimes.values() for text, _, _ in rows))
+    before = disagreements(base, suspects, pre_tokenizer) if suspects else {}
+    return {runtime: {text for text, _, _ in before.get(runtime, [])} for runtime in runtimes}
 
 
 def _short(text: str, limit: int = 80) -> str:

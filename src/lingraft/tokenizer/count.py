@@ -1,7 +1,7 @@
 """From text to weighted runs of base tokens, the input of continued BPE.
 
-1. Text is cut into *units*, strings that the base segments on their own exactly as in their text, and equal
-   units are counted once. Counts of parts of a corpus add up, so this step can run in parallel.
+1. Text is cut into *units*, strings that the base segments on their own exactly as in their text (cut.py), and
+   equal units are counted once, on all cores and in bounded memory (tally.py).
 2. Each unit is segmented once by the base tokenizer itself.
 3. Its tokens are cut into *runs*: neighbours that new pieces may join. A run holds wanted characters only,
    and at most one space, in front.
@@ -9,53 +9,47 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 from lingraft.progress import track
+from lingraft.tokenizer.cut import cutter_of
 from lingraft.tokenizer.load import BaseTokenizer
 from lingraft.tokenizer.pieces import SPACE_MARK, is_byte_piece, to_bytes
+from lingraft.tokenizer.tally import Counting, tally
 
 Wanted = Callable[[str], bool]
 Run = tuple[str, ...]
 
 # Enough units for the tokenizer's threads to be busy, few enough to keep the encodings small.
 SEGMENT_BATCH = 10_000
+# Units kept in memory. 3 million take 0.7 GB; rarer ones of a large corpus cannot reach any useful frequency.
+MAX_UNITS = 3_000_000
 
 
-def count_units(base: BaseTokenizer, texts: Iterable[tuple[str, float]]) -> dict[str, float]:
+def count_units(
+    base: BaseTokenizer,
+    texts: Iterable[tuple[str, float]],
+    *,
+    nfc: bool = True,
+    damping: float = 1.0,
+    workers: int | None = None,
+    max_units: int = MAX_UNITS,
+    folder: Path | None = None,
+) -> dict[str, float]:
     """Weighted counts of units, spelled in the tokenizer's own alphabet.
 
-    A text counts `weight` times. Added tokens inside a text are counted as ordinary text.
+    One text is one document and counts `weight` times (rounded to a multiple of 2**-24). Added tokens inside
+    a text are counted as ordinary text.
+
+    nfc: count composed what a text writes decomposed (Korean in Jamo, as macOS stores it). This changes what is
+        learnt from, never how text is tokenised: new pieces are not found in text that stays decomposed.
+    damping: a unit that comes c times in one text counts c**damping times, which gives words spread over many texts
+        more say than words that crowd in a few (Church and Gale 1995, "Poisson mixtures"). 1 is the plain count.
+    workers, max_units, folder: see `lingraft.tokenizer.tally.tally`.
     """
-    normalizer, pre_tokenizer = base.tokenizer.normalizer, base.tokenizer.pre_tokenizer
-    cut = _unit_cutter(base)
-    units: dict[str, float] = defaultdict(float)
-    for text, weight in track(texts, "counting text"):
-        normal = normalizer.normalize_str(text) if normalizer else text
-        for word, _ in pre_tokenizer.pre_tokenize_str(normal) if pre_tokenizer else [(normal, None)]:
-            for unit in cut(word):
-                units[unit] += weight
-    return units
-
-
-def _unit_cutter(base: BaseTokenizer) -> Callable[[str], Iterable[str]]:
-    """How to cut a pre-tokenizer's word further. A byte-level word is a unit already.
-
-    SentencePiece tokenizers hardly pre-tokenize: a "word" is the whole text. A cut before a space or a line
-    break is exact where no piece of the vocabulary holds that pair of characters. (Gemma 3 has one such piece
-    with a space inside, ">▁</", so there is no cut between ">" and a space.)
-    """
-    if base.kind == "byte_level":
-        return lambda word: (word,)
-    cuts = []
-    for mark in (SPACE_MARK, "\n"):
-        before = {piece[i - 1] for piece in base.vocab for i in range(1, len(piece)) if piece[i] == mark}
-        not_after = re.escape("".join(sorted(before | {mark})))
-        cuts.append(f"(?<![{not_after}])(?={mark})")
-    boundary = re.compile("|".join(cuts))
-    return lambda word: filter(None, boundary.split(word))
+    counting = Counting(cutter_of(base), nfc, damping)
+    return tally(texts, counting, max_units=max_units, workers=workers, folder=folder)
 
 
 def count_characters(base: BaseTokenizer, units: Mapping[str, float], wanted: Wanted) -> dict[str, float]:
@@ -97,7 +91,7 @@ def _text_of(unit: str, base: BaseTokenizer) -> str:
 def _sentencepiece_runs(tokens: list[str], wanted: Wanted, characters: frozenset[str]) -> Iterator[Run]:
     """Byte pieces never join a run: Hugging Face could merge them, SentencePiece cannot."""
     run: list[str] = []
-    for token in _spell_characters(tokens, characters):
+    for token in spell_characters(tokens, characters):
         if token.startswith(SPACE_MARK) or not all(map(wanted, token)) or is_byte_piece(token):
             yield tuple(run)
             run = []
@@ -106,7 +100,7 @@ def _sentencepiece_runs(tokens: list[str], wanted: Wanted, characters: frozenset
     yield tuple(run)
 
 
-def _spell_characters(tokens: list[str], characters: frozenset[str]) -> Iterator[str]:
+def spell_characters(tokens: list[str], characters: frozenset[str]) -> Iterator[str]:
     """The tokens, with the byte pieces of each new character replaced by that character."""
     position = 0
     while position < len(tokens):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from lingraft.errors import TokenizerError
 from lingraft.families import Family
 from lingraft.tokenizer.learn import Learnt, NewPiece
-from lingraft.tokenizer.load import BaseTokenizer
+from lingraft.tokenizer.load import BaseTokenizer, added_tokens_decoder
 from lingraft.tokenizer.sentencepiece_proto import ModelProto, PieceType
 
 Slots = Literal["auto", "unused", "append"]
@@ -64,16 +64,17 @@ class GraftedTokenizer:
     pieces: list[GraftedPiece]
 
 
-def unused_slots(base: BaseTokenizer, family: Family) -> list[int]:
+def unused_slots(base: BaseTokenizer, family: Family, in_use: Collection[int] = ()) -> list[int]:
     """Ids that may be taken over, the longest contiguous block first, ascending within a block.
 
-    Protected pieces are left out, unless this is a miniature vocabulary whose only unused block they are. So
-    are pieces that a chat template or a special-token setting names: some fine-tune uses them.
+    Protected pieces are left out, unless this is a miniature vocabulary whose only unused block they are. So are
+    pieces that some fine-tune uses: special tokens, those that a chat template or setting names, and the ids `in_use`.
     """
     if family.unused_pattern is None:
         return []
     pattern = re.compile(family.unused_pattern)
-    named = {match[0] for match in pattern.finditer(_settings(base.files))}
+    named = {match[0] for match in pattern.finditer(_settings(base))}
+    special = {token["id"] for token in base.json["added_tokens"] if token["special"]}
     blocks: list[list[int]] = []
     numbers: dict[int, int] = {}
     for index in sorted(base.piece_of):
@@ -89,31 +90,45 @@ def unused_slots(base: BaseTokenizer, family: Family) -> list[int]:
         index
         for block in blocks
         for index in block
-        if numbers[index] not in protected and base.piece_of[index] not in named
+        if numbers[index] not in protected
+        and base.piece_of[index] not in named
+        and index not in special
+        and index not in in_use
     ]
 
 
-def _settings(files: dict[str, str]) -> str:
-    """The side files' text, less the plain lists of added tokens."""
-    config = json.loads(files.get("tokenizer_config.json", "{}"))
+def _settings(base: BaseTokenizer) -> str:
+    """The text of side files and post-processor, less the plain lists of added tokens."""
+    config = json.loads(base.files.get("tokenizer_config.json", "{}"))
     config.pop("added_tokens_decoder", None)
-    others = (text for name, text in files.items() if name not in ("tokenizer_config.json", "added_tokens.json"))
-    return "\n".join([json.dumps(config), *others])
+    lists = ("tokenizer_config.json", "added_tokens.json")
+    others = (text for name, text in base.files.items() if name not in lists)
+    return "\n".join([json.dumps(config), json.dumps(base.json["post_processor"]), *others])
 
 
-def place(base: BaseTokenizer, learnt: Learnt, *, family: Family, slots: Slots = "auto") -> Placement:
+def place(
+    base: BaseTokenizer, learnt: Learnt, *, family: Family, slots: Slots = "auto", in_use: Collection[int] = ()
+) -> Placement:
     """Give each new piece an id.
 
-    "unused" takes unused slots only, "append" new ids only, "auto" fills the slots and appends the rest.
+    "unused" takes unused slots only, "append" new ids only, "auto" fills the slots and appends the rest. The ids
+    `in_use` (see `lingraft.model.load.special_ids`) are never taken over.
     Raises TokenizerError when slots do not suffice and nothing may be appended.
     """
     wanted = len(learnt.pieces)
-    free = [] if slots == "append" else unused_slots(base, family)[:wanted]
+    usable = unused_slots(base, family, in_use)
+    free = [] if slots == "append" else usable[:wanted]
     missing = wanted - len(free)
     if missing and family.slots_only:
+        fault = "nothing can be appended" if slots == "append" else f"{len(free):,} usable unused slots"
         raise TokenizerError(
-            f"{wanted:,} new tokens but {len(free):,} usable unused slots, and a {family.model_type} model cannot take "
-            f"ids past its vocabulary; ask for at most {len(unused_slots(base, family)):,} new tokens in unused slots"
+            f"{wanted:,} new tokens but {fault}: a {family.model_type} model cannot take ids past its vocabulary "
+            f"({family.slots_only}); ask for at most {len(usable):,} new tokens in unused slots"
+        )
+    if missing and slots == "unused" and not usable:
+        raise TokenizerError(
+            f"this tokenizer has no unused slots of a kind known for {family.model_type}; let it append "
+            "(slots: auto or append)"
         )
     if missing and slots == "unused":
         raise TokenizerError(
@@ -127,12 +142,13 @@ def place(base: BaseTokenizer, learnt: Learnt, *, family: Family, slots: Slots =
 def graft(base: BaseTokenizer, placement: Placement) -> GraftedTokenizer:
     """The base with the placed pieces in both of its forms and in its side files."""
     parsed = _graft_json(base, placement)
+    proto = _graft_proto(base, placement) if base.proto is not None else None
     tokenizer = BaseTokenizer(
         json=parsed,
         tokenizer=Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False)),
         kind=base.kind,
-        proto=_graft_proto(base, placement) if base.proto is not None else None,
-        files=_graft_files(base, placement, parsed),
+        proto=proto,
+        files=_graft_files(base, placement, added_tokens_decoder(parsed, proto)),
     )
     return GraftedTokenizer(tokenizer, _describe(base, placement))
 
@@ -195,15 +211,11 @@ def scores_below(old: Iterable[float], count: int) -> list[float]:
     return [float(np.float32(lowest - step * (n + 1))) for n in range(count)]
 
 
-def _graft_files(base: BaseTokenizer, placement: Placement, parsed: dict[str, Any]) -> dict[str, str]:
-    """Side files without the reused pieces. The configuration always lists the added tokens: llama.cpp's
-    converter takes token types from there, and transformers 5 no longer writes them."""
+def _graft_files(base: BaseTokenizer, placement: Placement, added_tokens: dict[str, Any]) -> dict[str, str]:
+    """Side files without the reused pieces. The configuration always lists the added tokens."""
     files = dict(base.files)
     config = json.loads(files.get("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'))
-    config["added_tokens_decoder"] = {
-        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-        for token in parsed["added_tokens"]
-    }
+    config["added_tokens_decoder"] = added_tokens
     files["tokenizer_config.json"] = _dump(config)
     if "added_tokens.json" in files:
         added = json.loads(files["added_tokens.json"])
@@ -237,7 +249,9 @@ def read_graft(folder: Path | str) -> list[GraftedPiece]:
     """The new pieces of a grafted tokenizer's folder, in merge order. Raises TokenizerError if it has none."""
     path = Path(folder) / GRAFT_FILE
     if not path.is_file():
-        raise TokenizerError(f"{path}: no such file; this is no folder of a grafted tokenizer")
+        raise TokenizerError(
+            f"{path}: no such file; this is no folder of a grafted tokenizer (make one: lingraft tokenizer graft)"
+        )
     return [GraftedPiece(**row) for row in json.loads(path.read_text("utf-8"))["pieces"]]
 
 

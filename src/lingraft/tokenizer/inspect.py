@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lingraft.tokenizer.load import BaseTokenizer
 from lingraft.tokenizer.pieces import readable
 
 
-def fertility(tokenizer: BaseTokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """Totals of tokens, characters, words (split at white space) and UTF-8 bytes, and tokens per each.
+@dataclass(frozen=True)
+class TextSize:
+    """How much text: characters, words (split at white space) and UTF-8 bytes."""
+
+    characters: int
+    words: int
+    bytes: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> TextSize:
+        rows = [(len(text), len(text.split()), len(text.encode())) for text in texts]
+        return cls(*(sum(column) for column in zip(*rows, strict=True))) if rows else cls(0, 0, 0)
+
+    def __add__(self, other: TextSize) -> TextSize:
+        return TextSize(self.characters + other.characters, self.words + other.words, self.bytes + other.bytes)
+
+
+def rates(tokens: int, size: TextSize) -> dict[str, float]:
+    """Totals of tokens, characters, words and bytes, and tokens per each.
 
     `characters_per_token` says the same the other way round: higher is better.
     """
-    tokens = sum(map(len, tokenizer.encode(texts)))
-    characters = sum(map(len, texts))
-    words = sum(len(text.split()) for text in texts)
-    size = sum(len(text.encode()) for text in texts)
     return {
         "tokens": tokens,
-        "characters": characters,
-        "words": words,
-        "bytes": size,
-        "tokens_per_character": tokens / max(characters, 1),
-        "tokens_per_word": tokens / max(words, 1),
-        "tokens_per_byte": tokens / max(size, 1),
-        "characters_per_token": characters / max(tokens, 1),
+        "characters": size.characters,
+        "words": size.words,
+        "bytes": size.bytes,
+        "tokens_per_character": tokens / max(size.characters, 1),
+        "tokens_per_word": tokens / max(size.words, 1),
+        "tokens_per_byte": tokens / max(size.bytes, 1),
+        "characters_per_token": size.characters / max(tokens, 1),
     }
+
+
+def fertility(tokenizer: BaseTokenizer, texts: Sequence[str]) -> dict[str, float]:
+    """The `rates` of a tokenizer on texts."""
+    return rates(sum(map(len, tokenizer.encode(texts))), TextSize.of(texts))
 
 
 def segmentation(old: BaseTokenizer, new: BaseTokenizer, texts: Sequence[str]) -> list[dict[str, Any]]:

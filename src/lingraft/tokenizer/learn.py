@@ -9,19 +9,19 @@ piece can only ever come about from the one pair that it was learnt from.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Literal
 
 from lingraft.errors import TokenizerError
 from lingraft.progress import bar
-from lingraft.tokenizer.count import Run, count_characters, count_runs, count_units
+from lingraft.tokenizer.count import count_characters, count_runs, count_units
 from lingraft.tokenizer.load import BaseTokenizer
-from lingraft.tokenizer.pieces import Kind, to_bytes, wanted_characters
-
-Pair = tuple[str, str]
+from lingraft.tokenizer.merges import merge_greedily
+from lingraft.tokenizer.phrases import Sample, count_phrases, crosses_spaces, with_other_words
+from lingraft.tokenizer.pieces import SPACE_MARK, Kind, to_bytes, wanted_characters
 
 
 @dataclass(frozen=True)
@@ -50,106 +50,82 @@ def learn(
     min_frequency: int = 2,
     scripts: frozenset[str] | None = None,
     max_piece_chars: int = 16,
+    max_words: int = 4,
+    characters_first: bool = False,
+    nfc: bool = True,
 ) -> Learnt:
-    """Learn at most `new_tokens` pieces from weighted texts.
+    """Learn at most `new_tokens` pieces from weighted texts, each with a weighted count of at least `min_frequency`.
 
-    First come the characters that the base can only spell in bytes, then merges, each of which joins the
-    neighbours most frequent at that point. All have a weighted count of at least `min_frequency`. Pieces hold
-    letters of `scripts` only (Unicode script names; None = anything visible), behind at most one space, and
-    at most `max_piece_chars` characters with the space.
+    Two kinds compete for the places: characters that the base can only spell in bytes, and merges, each of which joins
+    the neighbours most frequent at that point. A piece is worth the tokens that it saves: its count, times two for a
+    character of three bytes. With `characters_first` characters go before all merges.
+
+    Pieces hold letters of `scripts` only (Unicode script names; None = anything visible), and at most `max_piece_chars`
+    characters. A space may stand in front and, where the base's pre-tokenizer lets merges cross it, between words, of
+    which a piece holds at most `max_words`. `nfc`: see `count_units`.
 
     Raises TokenizerError when the texts yield no piece at all.
     """
     wanted = wanted_characters(scripts)
-    units = count_units(base, texts)
+    sample = Sample() if max_words > 1 and crosses_spaces(base) else None
+    units = count_units(base, sample.watch(texts) if sample else texts, nfc=nfc)
     characters = [
         NewPiece(char, None, None, round(count), "character")
         for char, count in islice(count_characters(base, units, wanted).items(), new_tokens)
         if count >= min_frequency
     ]
-    runs = count_runs(base, units, wanted, frozenset(new.piece for new in characters))
-    taken = base.vocab.keys() | {new.piece for new in characters}
+    known = frozenset(new.piece for new in characters)
+    runs = count_runs(base, units, wanted, known)
+    if sample:
+        phrases = count_phrases(base, sample.texts(), wanted, known)
+        runs = with_other_words(phrases, runs) if sample.rate < 1 else phrases
+    taken = base.vocab.keys() | known
 
     def allowed(piece: str) -> bool:
-        return piece not in taken and _is_whole(piece, base.kind, max_piece_chars)
+        return piece not in taken and _is_whole(piece, base.kind, max_piece_chars) and _has_words(piece, max_words)
 
-    budget = new_tokens - len(characters)
-    with bar("learning merges", total=budget, unit="pieces") as tick:
+    with bar("learning merges", total=new_tokens, unit="pieces") as tick:
         merges = []
-        for merge in islice(merge_greedily(runs, min_frequency, allowed), budget):
-            merges.append(merge)
+        for left, right, count in islice(merge_greedily(runs, min_frequency, allowed), new_tokens):
+            merges.append(NewPiece(left + right, left, right, round(count), "merge"))
             tick(1)
     if not characters and not merges:
         raise TokenizerError(
             f"no new piece: nothing of {_names(scripts)} comes {min_frequency} times in {_length(units):,} characters "
             "of text; give more text, lower min_frequency, or check the scripts"
         )
-    return Learnt(characters + merges)
+    return Learnt(_best(characters, merges, new_tokens, characters_first))
 
 
-def merge_greedily(
-    runs: Mapping[Run, float], min_frequency: float, allowed: Callable[[str], bool]
-) -> Iterator[NewPiece]:
-    """Yield merges, the most frequent pair first (ties: the pair that sorts first), until none is frequent enough.
+def _best(
+    characters: list[NewPiece], merges: list[NewPiece], new_tokens: int, characters_first: bool
+) -> list[NewPiece]:
+    """The pieces worth most, characters before merges, in the order learnt.
 
-    Pair counts are kept up to date run by run. The heap holds counts as they were when pushed: a pair's count
-    only falls once its pieces exist, so a popped count that is out of date is pushed again with the new one.
+    A merge counts no more than its halves, so nothing is chosen without what it is made of.
     """
-    words = [list(run) for run in runs]
-    weights = list(runs.values())
-    counts: dict[Pair, float] = {}
-    words_with: dict[Pair, set[int]] = {}
-    for index, word in enumerate(words):
-        _add_pairs(word, index, weights[index], counts, words_with)
-    made: set[str] = set()
 
-    def entries(pairs: Iterable[Pair]) -> Iterator[tuple[float, Pair]]:
-        for pair in pairs:
-            if counts[pair] >= min_frequency and allowed(pair[0] + pair[1]):
-                yield -counts[pair], pair
+    def worth(new: NewPiece) -> float:
+        if new.kind == "merge":
+            return new.count
+        return math.inf if characters_first else new.count * (len(new.piece.encode()) - 1)
 
-    heap = list(entries(counts))
-    heapq.heapify(heap)
-    while heap:
-        negative, pair = heapq.heappop(heap)
-        count = counts.get(pair, 0)
-        if count != -negative:
-            if count >= min_frequency:
-                heapq.heappush(heap, (-count, pair))
-            continue
-        piece = pair[0] + pair[1]
-        if piece in made:
-            continue
-        made.add(piece)
-        born: dict[Pair, None] = {}
-        for index in sorted(words_with[pair]):
-            for old in pairwise(words[index]):
-                counts[old] -= weights[index]
-            words[index] = _join(words[index], pair, piece)
-            _add_pairs(words[index], index, weights[index], counts, words_with)
-            born.update((new, None) for new in pairwise(words[index]) if piece in new)
-        for entry in entries(born):
-            heapq.heappush(heap, entry)
-        yield NewPiece(piece, *pair, round(count), "merge")
+    chosen = sorted([*characters, *merges], key=worth, reverse=True)[:new_tokens]
+    return sorted(chosen, key=lambda new: new.kind)
 
 
-def _add_pairs(
-    word: list[str], index: int, weight: float, counts: dict[Pair, float], words_with: dict[Pair, set[int]]
-) -> None:
-    for pair in pairwise(word):
-        counts[pair] = counts.get(pair, 0) + weight
-        words_with.setdefault(pair, set()).add(index)
+def balance(sizes: Mapping[str, float], exponent: float) -> dict[str, float]:
+    """Weights that keep small sources from being drowned: sizeᵉˣᵖᵒⁿᵉⁿᵗ is each one's share of the whole.
 
+    At 1 each text counts as it is, at 0 each source counts the same. The weighted sizes add up to the real sizes' sum.
 
-def _join(word: list[str], pair: Pair, piece: str) -> list[str]:
-    """The word with the pair joined wherever it stands, from the left: a a a → aa a."""
-    joined: list[str] = []
-    position = 0
-    while position < len(word):
-        found = tuple(word[position : position + 2]) == pair
-        joined.append(piece if found else word[position])
-        position += 1 + found
-    return joined
+    >>> balance({"law": 900.0, "names": 100.0}, 0.5)
+    {'law': 0.8333333333333334, 'names': 2.5}
+    """
+    present = {name: size for name, size in sizes.items() if size > 0}
+    shares = {name: size**exponent for name, size in present.items()}
+    scale = sum(present.values()) / sum(shares.values()) if present else 1.0
+    return {name: scale * shares[name] / size for name, size in present.items()}
 
 
 def _is_whole(piece: str, kind: Kind, max_chars: int) -> bool:
@@ -163,6 +139,12 @@ def _is_whole(piece: str, kind: Kind, max_chars: int) -> bool:
         return len(spelling.decode()) <= max_chars
     except UnicodeDecodeError as error:
         return error.start == 0 and error.reason == "unexpected end of data"
+
+
+def _has_words(piece: str, max_words: int) -> bool:
+    """True for at most `max_words` words, one space between them, none behind."""
+    behind = piece[1:]
+    return behind.count(SPACE_MARK) < max_words and not behind.endswith(SPACE_MARK) and SPACE_MARK * 2 not in piece
 
 
 def _names(scripts: frozenset[str] | None) -> str:

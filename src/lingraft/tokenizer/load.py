@@ -1,7 +1,7 @@
 """Read a tokenizer folder: `load(folder)` gives one `BaseTokenizer`, whichever of the two kinds of BPE it holds.
 
-Files: `tokenizer.json` is required; `tokenizer.model` (SentencePiece) is read where there is one, and must
-agree with it id by id; `SIDE_FILES` are carried along.
+Files: `tokenizer.json`, and for SentencePiece `tokenizer.model`, which must agree with it id by id. Where there is
+`tokenizer.model` alone its twin is made (sentencepiece_json.py). `SIDE_FILES` are carried along.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from lingraft.errors import TokenizerError
 from lingraft.tokenizer.pieces import Kind
-from lingraft.tokenizer.sentencepiece_proto import BPE, ModelProto
+from lingraft.tokenizer.sentencepiece_json import added_token, special_tokens, tokenizer_json
+from lingraft.tokenizer.sentencepiece_proto import BPE, ModelProto, PieceType, TrainerSpec
 
 SIDE_FILES = (
     "tokenizer_config.json",
@@ -80,20 +81,67 @@ def load(folder: Path | str) -> BaseTokenizer:
     continued, and when `tokenizer.model` and `tokenizer.json` disagree.
     """
     folder = Path(folder)
+    files = {name: (folder / name).read_text("utf-8") for name in SIDE_FILES if (folder / name).is_file()}
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        return _load_sentencepiece(folder, files)
     parsed, tokenizer = _read_json(folder / "tokenizer.json")
     kind = _kind(parsed, folder)
-    proto = _read_proto(folder / "tokenizer.model") if kind == "sentencepiece" else None
-    files = {name: (folder / name).read_text("utf-8") for name in SIDE_FILES if (folder / name).is_file()}
+    model = folder / "tokenizer.model"
+    proto = _read_proto(model) if kind == "sentencepiece" and model.is_file() else None
     base = BaseTokenizer(parsed, tokenizer, kind, proto, files)
     _check_agreement(base, folder)
     return base
 
 
+def _load_sentencepiece(folder: Path, files: dict[str, str]) -> BaseTokenizer:
+    """A folder without tokenizer.json: its twin, and a tokenizer_config.json that lets no reader build another."""
+    proto = _read_proto(folder / "tokenizer.model")
+    try:
+        parsed = tokenizer_json(proto)
+    except TokenizerError as error:
+        raise TokenizerError(f"{folder / 'tokenizer.model'}: {error}") from None
+    config = json.loads(files.get("tokenizer_config.json", "{}"))
+    parsed["added_tokens"] += _added_past(len(proto.pieces), config, files)
+    # transformers' own classes for Llama and Gemma take no more than vocabulary and merges from tokenizer.json.
+    config = special_tokens(proto) | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config["added_tokens_decoder"] = added_tokens_decoder(parsed, proto)
+    files = files | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
+    tokenizer = Tokenizer.from_str(json.dumps(parsed, ensure_ascii=False))
+    base = BaseTokenizer(parsed, tokenizer, _kind(parsed, folder), proto, files)
+    _check_agreement(base, folder)
+    return base
+
+
+def added_tokens_decoder(parsed: dict[str, Any], proto: Any | None) -> dict[str, Any]:
+    """The list of added tokens for tokenizer_config.json: those of tokenizer.json and all user-defined symbols.
+
+    llama.cpp's converter takes token types from there alone, and transformers 5 no longer writes them. Symbols that
+    Hugging Face gets by merging (Gemma's runs of spaces) are listed too: it then finds them as SentencePiece does.
+    """
+    tokens = {token["id"]: token for token in parsed["added_tokens"]}
+    for index, piece in enumerate(proto.pieces if proto is not None else ()):
+        if piece.type == PieceType.USER_DEFINED:
+            tokens.setdefault(index, added_token(index, piece.piece, special=False))
+    return {str(index): {key: value for key, value in tokens[index].items() if key != "id"} for index in sorted(tokens)}
+
+
+def _added_past(end: int, config: dict[str, Any], files: dict[str, str]) -> list[dict[str, Any]]:
+    """The added tokens that side files list past a SentencePiece model's end."""
+    added = {
+        index: added_token(index, content, special=False)
+        for content, index in json.loads(files.get("added_tokens.json", "{}")).items()
+    }
+    added |= {
+        int(index): {"id": int(index), **token} for index, token in config.get("added_tokens_decoder", {}).items()
+    }
+    return [added[index] for index in sorted(added) if index >= end]
+
+
 def _read_json(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     if not path.is_file():
         raise TokenizerError(
-            f"{path}: no such file; a tokenizer folder needs tokenizer.json (save it with "
-            "AutoTokenizer.from_pretrained(…).save_pretrained(…) where a model has only tokenizer.model)"
+            f"{path}: no such file, nor a tokenizer.model (SentencePiece) beside it; download the model's tokenizer "
+            "files, or save them with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
         )
     text = path.read_text("utf-8", errors="replace")
     try:
@@ -103,16 +151,20 @@ def _read_json(path: Path) -> tuple[dict[str, Any], Tokenizer]:
         raise TokenizerError(f"{path}: damaged, or no tokenizer ({error}); download it again") from None
 
 
-def _read_proto(path: Path) -> Any | None:
-    if not path.is_file():
-        return None
+def _read_proto(path: Path) -> Any:
     proto = ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError moved between versions
         raise TokenizerError(f"{path}: damaged, or no SentencePiece model ({error}); download it again") from None
+    if not proto.pieces:
+        raise TokenizerError(f"{path}: damaged, or no SentencePiece model (no pieces in it); download it again")
     if proto.trainer_spec.model_type != BPE:
-        raise TokenizerError(f"{path}: a SentencePiece model of another kind than BPE; only BPE can be continued")
+        kind = TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).capitalize()
+        raise TokenizerError(
+            f"{path}: a SentencePiece model of the kind {kind}; continued BPE needs a BPE tokenizer, so choose another "
+            "base model or leave the tokenizer as it is"
+        )
     return proto
 
 

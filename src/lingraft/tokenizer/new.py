@@ -16,12 +16,11 @@ from typing import Any
 import sentencepiece
 
 from lingraft.errors import TokenizerError
-from lingraft.tokenizer.load import BaseTokenizer, load
-from lingraft.tokenizer.pieces import SPACE_MARK
+from lingraft.tokenizer.load import BaseTokenizer, added_tokens_decoder, load
+from lingraft.tokenizer.sentencepiece_json import TURN_MARKS, tokenizer_json
 from lingraft.tokenizer.sentencepiece_proto import ModelProto, PieceType
 
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>")
-TURN_MARKS = ("<start_of_turn>", "<end_of_turn>")
 
 # SentencePiece silently drops longer lines; this many bytes is longer than any line of text.
 MAX_LINE_BYTES = 1 << 20
@@ -70,8 +69,10 @@ def train_sentencepiece(
     out_folder = Path(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
     (out_folder / "tokenizer.model").write_bytes(proto.SerializeToString(deterministic=True))
-    _write_json(out_folder / "tokenizer.json", tokenizer_json(proto))
-    _write_json(out_folder / "tokenizer_config.json", _config())
+    parsed = tokenizer_json(proto)
+    config = _config() | {"added_tokens_decoder": added_tokens_decoder(parsed, proto)}
+    _write_json(out_folder / "tokenizer.json", parsed)
+    _write_json(out_folder / "tokenizer_config.json", config)
     (out_folder / "chat_template.jinja").write_text(chat_template, "utf-8")
     return load(out_folder)
 
@@ -111,86 +112,6 @@ def _train(texts: Iterable[str], vocab_size: int, character_coverage: float) -> 
     proto = ModelProto()
     proto.ParseFromString(model.getvalue())
     return proto
-
-
-def tokenizer_json(proto: Any) -> dict[str, Any]:
-    """The Hugging Face twin, as in Gemma 3's tokenizer.json, of a SentencePiece BPE model without dummy prefix."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": index,
-                "content": piece.piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": piece.type != PieceType.USER_DEFINED or piece.piece in TURN_MARKS,
-            }
-            for index, piece in enumerate(proto.pieces)
-            if piece.type not in (PieceType.NORMAL, PieceType.BYTE) and piece.piece != "\n"
-        ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"String": " "},
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
-        "post_processor": _prepend_bos(proto),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": CONTROLS[3],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-            "merges": _merges(proto),
-        },
-    }
-
-
-def _merges(proto: Any) -> list[list[str]]:
-    """Every way to put two pieces together into a third, best score first: SentencePiece merges any of them."""
-    normal = [piece for piece in proto.pieces if piece.type == PieceType.NORMAL]
-    known = {piece.piece for piece in normal}
-    return [
-        [text[:cut], text[cut:]]
-        for text in (piece.piece for piece in sorted(normal, key=lambda piece: -piece.score))
-        for cut in range(1, len(text))
-        if text[:cut] in known and text[cut:] in known
-    ]
-
-
-def _prepend_bos(proto: Any) -> dict[str, Any]:
-    bos = CONTROLS[2]
-    index = next(i for i, piece in enumerate(proto.pieces) if piece.piece == bos)
-
-    def part(sequence: str, segment: int) -> list[dict[str, Any]]:
-        return [
-            {"SpecialToken": {"id": bos, "type_id": segment}},
-            {"Sequence": {"id": sequence, "type_id": segment}},
-        ]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": part("A", 0),
-        "pair": part("A", 0) + part("B", 1),
-        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
-    }
 
 
 def _config() -> dict[str, Any]:

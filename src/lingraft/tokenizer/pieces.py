@@ -55,20 +55,39 @@ def readable(piece: str, kind: Kind) -> str:
     return "".join(f"<{ord(char) - 0xDC00:02X}>" if "\udc80" <= char <= "\udcff" else char for char in text)
 
 
+# Unicode's scripts whose letters' names begin with the script's own name, and "Han", whose do not.
+_SCRIPTS = """
+Adlam Ahom Arabic Armenian Balinese Bamum Batak Bengali Bopomofo Buginese Buhid Chakma Cham Cherokee Coptic Cyrillic
+Deseret Devanagari Ethiopic Georgian Glagolitic Gothic Grantha Greek Gujarati Gurmukhi Han Hangul Hanunoo Hebrew
+Hiragana Javanese Kaithi Kannada Katakana Kharoshthi Khmer Khojki Khudawadi Lao Latin Lepcha Limbu Lisu Malayalam
+Mandaic Miao Mongolian Multani Myanmar Newa Nko Ogham Oriya Osage Rejang Runic Samaritan Saurashtra Sharada Siddham
+Sinhala Sogdian Sundanese Syriac Tagalog Tagbanwa Takri Tamil Tangut Telugu Thaana Thai Tibetan Tifinagh Tirhuta
+Ugaritic Vai Wancho Yi
+"""
+SCRIPTS = tuple(_SCRIPTS.split())
+WHY_NO_UNITS = (
+    "Latin units such as mg/dL can't be learnt alone: BPE merges know no context, so a merge that builds one in Korean "
+    "text joins the same letters in English text, whose tokens must not change"
+)
+
+
 def wanted_characters(scripts: frozenset[str] | None) -> Callable[[str], bool]:
     """A test of one character: is it a letter (or combining mark) of one of the scripts?
 
-    Scripts go by their Unicode names ("Hangul", "Cyrillic", "Devanagari"; "Han" for Chinese characters).
-    None wants every visible character, digits and punctuation included.
+    Scripts go by their Unicode names, those in `SCRIPTS` ("Hangul", "Cyrillic", "Han" for Chinese characters,
+    Hanja too). None wants every visible character, digits and punctuation included.
+
+    Units of measurement in Latin letters (mg/dL, mmHg) are no script and can't be had: see `WHY_NO_UNITS`. "Latin"
+    itself is for target languages written in it; no old language written in it then keeps its tokens.
     """
-    prefixes = {"CJK" if script == "Han" else script.upper() for script in scripts or ()}
+    prefixes = tuple(("CJK" if script == "Han" else script.upper()) + " " for script in scripts or ())
 
     @cache
     def wanted(char: str) -> bool:
         category = unicodedata.category(char)
         if scripts is None:
             return category[0] not in "CZ" and char != SPACE_MARK
-        # Python's standard library has no script property, but every letter's name begins with its script.
-        return category[0] in "LM" and unicodedata.name(char, "").split(" ")[0] in prefixes
+        # Python's standard library has no script property, but a letter's name begins with its script.
+        return category[0] in "LM" and unicodedata.name(char, "").startswith(prefixes)
 
     return wanted

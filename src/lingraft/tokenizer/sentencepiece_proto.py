@@ -10,4 +10,5 @@ _messages: Any = sentencepiece_model_pb2
 
 ModelProto = _messages.ModelProto
 PieceType = ModelProto.SentencePiece.Type
-BPE = _messages.TrainerSpec.BPE
+TrainerSpec = _messages.TrainerSpec
+BPE = TrainerSpec.BPE

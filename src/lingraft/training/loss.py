@@ -20,11 +20,16 @@ CHUNK_LOGITS = 2**25  # 128 MiB in float32: 128 positions of a 262 k vocabulary,
 
 
 class NextTokenLoss(nn.Module):
-    """Sum of the cross-entropy over a micro-batch's learnt positions, in nats (float32)."""
+    """Sum of the cross-entropy over a micro-batch's learnt positions, in nats (float32).
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `excluded_ids` are left out of the softmax: no label may be one of them.
+    """
+
+    def __init__(self, model: PreTrainedModel, excluded_ids: Tensor | None = None) -> None:
         super().__init__()
         self.model: Any = model
+        self.excluded_ids: Tensor | None
+        self.register_buffer("excluded_ids", excluded_ids, persistent=False)
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
@@ -32,7 +37,10 @@ class NextTokenLoss(nn.Module):
             input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False
         ).last_hidden_state
         learnt = labels_BT != IGNORED
-        hidden_ND, labels_N = hidden_BTD[learnt], labels_BT[learnt]
+        return self.of_states(hidden_BTD[learnt], labels_BT[learnt])
+
+    def of_states(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """The summed cross-entropy of N last hidden states against the ids that come next."""
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         rows = max(1, CHUNK_LOGITS // self.model.get_output_embeddings().weight.shape[0])
         if len(labels_N) <= rows:
@@ -45,4 +53,6 @@ class NextTokenLoss(nn.Module):
         logits_NV = self.model.get_output_embeddings()(hidden_ND).float()
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        if self.excluded_ids is not None:
+            logits_NV = logits_NV.index_fill(1, self.excluded_ids, -torch.inf)
         return F.cross_entropy(logits_NV, labels_N, reduction="sum")

@@ -6,6 +6,7 @@ that the stage does not train must have the hash it had before, or the stage fai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from lingraft.training.batches import Batches
 from lingraft.training.loop import LoopResult, train
 from lingraft.training.loss import NextTokenLoss
 from lingraft.training.settings import StageSettings
+
+Loss = Callable[[PreTrainedModel], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,14 @@ def run_stage(
     settings: StageSettings,
     batches: Batches,
     new_ids: list[int],
+    loss: Loss = NextTokenLoss,
 ) -> StageResult:
     """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
 
     Args:
         work: holds the stage's own checkpoints; a killed stage goes on from there.
         new_ids: ids of the grafted tokens, whose rows are the "new" rows.
+        loss: makes the loss from the model once its trainable parts are in.
     Raises:
         TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
     """
@@ -68,7 +73,7 @@ def run_stage(
     trained = _Trained(model, settings, new_ids)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = train(NextTokenLoss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
+    loop = train(loss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
     model.gradient_checkpointing_disable()
     accelerator.free_memory()
     trainable = trained.sizes()
@@ -87,6 +92,32 @@ def run_stage(
     assert changed <= allowed, f"stage {settings.name} changed frozen tensors: {sorted(changed - allowed)}"
     save(final, out, companions=source)
     return StageResult(loop, trainable, sorted(changed), len(after) - len(changed))
+
+
+def train_rows(
+    model: PreTrainedModel,
+    settings: StageSettings,
+    batches: Batches,
+    new_ids: list[int],
+    work: Path,
+    loss: Loss = NextTokenLoss,
+) -> LoopResult:
+    """Train vocabulary rows of a model in memory, in place: a stage without folders, for short comparisons.
+
+    Args:
+        work: holds checkpoints, as in `run_stage`.
+    """
+    assert settings.layers == "none"
+    torch.manual_seed(settings.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    trained = _Trained(model, settings, new_ids)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    result = train(loss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
+    model.gradient_checkpointing_disable()
+    accelerator.free_memory()
+    trained.finish().apply(model, {})
+    return result
 
 
 @dataclass(frozen=True)
