@@ -110,7 +110,7 @@ def test_units_segment_as_in_their_text(real_bases: dict[str, BaseTokenizer], re
 @pytest.mark.parametrize("name", ["gemma3_262k", "gemma2", "llama2", "qwen2_151k"])
 def test_units_of_single_texts(real_bases: dict[str, BaseTokenizer], real_texts: list[str], name: str) -> None:
     base = real_bases[name]
-    counting = Counting(cutter_of(base), nfc=False, damping=1.0)
+    counting = Counting(cutter_of(base), nfc=False)
     for text in real_texts[-len(ODD) - 20 :]:
         units = tally([(text, 1.0)], counting, max_units=1_000_000, workers=1)
         assert tokens_of(base, units) == whole_tokens(base, [text]), text
@@ -126,12 +126,6 @@ def base(tiny_tokenizer: Path) -> BaseTokenizer:
 
 def test_counts_by_hand(base: BaseTokenizer) -> None:
     assert count_units(base, [("가 나 가", 1.0), ("가 나", 0.5)]) == {"가": 1.5, "▁나": 1.5, "▁가": 1.0}
-
-
-def test_damping(base: BaseTokenizer) -> None:
-    texts = ["가 나 나 나 나", " 나 다", "\n나"]
-    assert counted(base, texts, damping=0.5) == {"가": 1, "▁나": 2 + 1, "▁다": 1, "\n나": 1}
-    assert counted(base, texts, damping=1.0) == {"가": 1, "▁나": 4 + 1, "▁다": 1, "\n나": 1}
 
 
 def test_nfc_changes_what_is_counted_only(base: BaseTokenizer) -> None:

@@ -189,9 +189,7 @@ def embeddings_compare(
 def doctor(
     model: Annotated[Path, typer.Argument(help="A model's folder, anyone's; a tokenizer alone will do.")],
     base: Annotated[Path | None, typer.Option("--base", help="The folder of the model it was made from.")] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Text files whose lines to try.")
-    ] = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text files whose lines to try.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find what is wrong with a model folder: exit code 0 if healthy, 1 if not."""

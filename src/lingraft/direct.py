@@ -28,12 +28,13 @@ from lingraft.families import Family, family, family_of_pieces
 from lingraft.model.load import check, read_config, special_ids
 from lingraft.progress import say
 from lingraft.recipe import Embeddings, InitialRows
+from lingraft.recipe import Tokenizer as TokenizerSettings
 from lingraft.steps.embeddings import write_checkpoint
 from lingraft.steps.rows import plain_rows
 from lingraft.tokenizer.check import verify
 from lingraft.tokenizer.economics import compare
 from lingraft.tokenizer.graft import GraftedPiece, Slots, graft, place, read_graft, write
-from lingraft.tokenizer.learn import learn
+from lingraft.tokenizer.learn import balance, learn
 from lingraft.tokenizer.load import BaseTokenizer, load
 from lingraft.tokenizer.pieces import wanted_characters
 from lingraft.version import VERSION
@@ -74,10 +75,9 @@ def graft_tokenizer(
     documents = partial(_documents, texts, column, "--text")
     wanted = frozenset(scripts) or _main_scripts(documents())
     kept = list(_documents(held_out, column, "--held-out")) if held_out else list(_every_so_often(documents()))
-    to_learn = documents() if held_out else _all_others(documents())
     learnt = learn(
         tokenizer,
-        ((text, 1.0) for text in to_learn),
+        _weighted(texts, column, all_of_it=bool(held_out)),
         new_tokens=new_tokens,
         min_frequency=min_frequency,
         scripts=wanted,
@@ -89,7 +89,8 @@ def graft_tokenizer(
     def fill(folder: Path) -> dict[str, Any]:
         write(grafted, folder)
         new_texts = next(iter(measured.values()))
-        checked = verify(tokenizer, folder, _without(wanted, [*BUILT_IN, *new_texts]), new_texts)
+        old_texts = _without(wanted, [*BUILT_IN, *new_texts])
+        checked = verify(tokenizer, folder, old_texts, new_texts, row.llama_cpp_pre_tokenizer)
         return {
             "base": str(base),
             "new_tokens": len(learnt.pieces),
@@ -204,8 +205,12 @@ def _every_so_often(documents: Iterator[str]) -> Iterator[str]:
     return (text for number, text in enumerate(documents) if _is_held_out(number))
 
 
-def _all_others(documents: Iterator[str]) -> Iterator[str]:
-    return (text for number, text in enumerate(documents) if not _is_held_out(number))
+def _weighted(paths: Sequence[str], column: str | None, all_of_it: bool) -> Iterator[tuple[str, float]]:
+    """The documents to learn from, those of each path weighted against larger ones as a recipe's sources are."""
+    sizes = {path: float(sum(map(len, _documents([path], column, "--text")))) for path in paths}
+    weights = balance(sizes, TokenizerSettings.model_fields["balance"].default)
+    documents = ((text, weights[path]) for path in paths for text in _documents([path], column, "--text"))
+    return (item for number, item in enumerate(documents) if all_of_it or not _is_held_out(number))
 
 
 def _main_scripts(documents: Iterator[str]) -> frozenset[str]:

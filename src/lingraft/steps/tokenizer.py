@@ -9,7 +9,7 @@ from typing import Any
 
 from lingraft.corpus.build import document_text, read_documents
 from lingraft.families import family
-from lingraft.model.load import read_config
+from lingraft.model.load import read_config, special_ids
 from lingraft.recipe import Recipe, Source
 from lingraft.steps.context import Context
 from lingraft.tokenizer.check import verify
@@ -35,7 +35,8 @@ def run(context: Context, out: Path, work: Path) -> dict[str, Any]:
     target, old = recipe.languages.target, recipe.languages.old
     samples = {lang: list(context.texts("held-out", lang, CHECKED_TEXTS)) for lang in context.languages()}
     old_texts = samples[old] + list(context.texts("train", old, CHECKED_TEXTS)) if old != target else []
-    checked = verify(base, out, old_texts=old_texts, new_texts=samples[target])
+    pre_tokenizer = family(read_config(context.base.folder).model_type).llama_cpp_pre_tokenizer
+    checked = verify(base, out, old_texts, samples[target], pre_tokenizer)
     before, after = load(context.base.folder), load(out)
     return {
         "new_tokens": len(placement.pieces),
@@ -81,8 +82,8 @@ def learn_and_place(context: Context, base: BaseTokenizer) -> Placement:
         characters_first=settings.characters_first,
         nfc=settings.nfc,
     )
-    model_type = read_config(context.base.folder).model_type
-    return place(base, learnt, family=family(model_type), slots=settings.slots)
+    row = family(read_config(context.base.folder).model_type)
+    return place(base, learnt, family=row, slots=settings.slots, in_use=special_ids(context.base.folder))
 
 
 def economics(context: Context, base: BaseTokenizer, grafted: GraftedTokenizer) -> dict[str, Any] | None:

@@ -32,7 +32,6 @@ def count_units(
     texts: Iterable[tuple[str, float]],
     *,
     nfc: bool = True,
-    damping: float = 1.0,
     workers: int | None = None,
     max_units: int = MAX_UNITS,
     folder: Path | None = None,
@@ -44,11 +43,9 @@ def count_units(
 
     nfc: count composed what a text writes decomposed (Korean in Jamo, as macOS stores it). This changes what is
         learnt from, never how text is tokenised: new pieces are not found in text that stays decomposed.
-    damping: a unit that comes c times in one text counts c**damping times, which gives words spread over many texts
-        more say than words that crowd in a few (Church and Gale 1995, "Poisson mixtures"). 1 is the plain count.
     workers, max_units, folder: see `lingraft.tokenizer.tally.tally`.
     """
-    counting = Counting(cutter_of(base), nfc, damping)
+    counting = Counting(cutter_of(base), nfc)
     return tally(texts, counting, max_units=max_units, workers=workers, folder=folder)
 
 

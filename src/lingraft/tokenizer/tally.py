@@ -13,7 +13,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,11 +50,10 @@ PARTITIONS = 101
 
 @dataclass(frozen=True)
 class Counting:
-    """What decides a count: how to cut, NFC first or not, and the exponent of repeats within one text."""
+    """What decides a count: how to cut, and NFC first or not."""
 
     cutter: Cutter
     nfc: bool
-    damping: float
 
 
 def available_cores() -> int:
@@ -106,41 +104,31 @@ class Table:
     def __init__(self, counting: Counting, max_units: int, path: Path) -> None:
         self.counting, self.max_units, self.path = counting, max_units, path
         self.files: list[Path] = []
-        # Of chunks, which become units when they leave; with damping of units, since a text's repeats count together.
+        # Of chunks, which become units when they leave.
         self._rows = _EMPTY
 
     def add(self, batch: Batch) -> None:
         """Count a batch of weighted texts."""
-        counts = self._damped if self.counting.damping != 1 else self._plain
         for weight, group in groupby(batch, key=itemgetter(1)):
             texts = [text for text, _ in group]
             if self.counting.nfc:
                 texts = [unicodedata.normalize("NFC", text) for text in texts]
-            self._rows = pa.concat_tables([self._rows, counts(texts, weight)])
+            self._rows = pa.concat_tables([self._rows, self._counted(texts, weight)])
         if len(self._rows) > self.max_units:
             self._rows = _summed(self._rows)
             # A table that stays more than half full would be summed over and over.
             if len(self._rows) > self.max_units / 2:
                 self.spill()
 
-    def _plain(self, texts: Sequence[str], weight: float) -> pa.Table:
+    def _counted(self, texts: Sequence[str], weight: float) -> pa.Table:
         counted = pc.value_counts(self.counting.cutter.cut(texts))
         counts = pc.multiply_checked(counted.field("counts"), round(weight * ONE))
         return pa.table([counted.field("values"), counts], SCHEMA)
 
-    def _damped(self, texts: Sequence[str], weight: float) -> pa.Table:
-        cutter, exponent = self.counting.cutter, self.counting.damping
-        units: Counter[str] = Counter()
-        for text in texts:
-            chunks = Counter(chunk.decode() for chunk in cutter.cut([text]).to_pylist())
-            for unit, count in cutter.units(chunks).items():
-                units[unit] += round(weight * count**exponent * ONE)
-        return _as_table(units)
-
     def take(self) -> pa.Table:
         """The counts of distinct units; this table is empty afterwards."""
         rows, self._rows = _summed(self._rows), _EMPTY
-        if self.counting.damping == 1 and not self.counting.cutter.cuts_units:
+        if not self.counting.cutter.cuts_units:
             chunks = dict(zip(_strings(rows), rows["count"].to_pylist(), strict=True))
             rows = _as_table(self.counting.cutter.units(chunks))
         return rows.filter(pc.not_equal(rows["unit"], b""))
