@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -27,7 +30,7 @@ from lingraft.families import family
 from lingraft.tokenizer import runtimes
 from lingraft.tokenizer.graft import graft, place, read_graft, write
 from lingraft.tokenizer.learn import Learnt, NewPiece, learn
-from lingraft.tokenizer.load import load
+from lingraft.tokenizer.load import added_tokens_decoder, load
 from lingraft.tokenizer.sentencepiece_proto import ModelProto, PieceType
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -88,6 +91,14 @@ def edit_proto(folder: Path, change: Callable[[Any], Any]) -> None:
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
 
 
+def list_added_tokens(folder: Path) -> None:
+    """Bring the list in tokenizer_config.json in line with the tokenizer's changed files."""
+    parsed = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    proto = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    listed = added_tokens_decoder(parsed, proto)
+    edit(folder / "tokenizer_config.json", lambda config: config.update(added_tokens_decoder=listed))
+
+
 def set_row(row: int, value: Any) -> Callable[[Path], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[EMBEDDING][row] = value(tensors[EMBEDDING]) if callable(value) else value
@@ -129,6 +140,7 @@ def rename(index: int, piece: str, score: float = -1e6) -> Callable[[Path], None
     def plant(folder: Path) -> None:
         edit(folder / "tokenizer.json", in_json)
         edit_proto(folder, in_proto)
+        list_added_tokens(folder)
 
     return plant
 
@@ -191,6 +203,11 @@ def swap_turn_marks(folder: Path) -> None:
 
     edit(folder / "tokenizer.json", in_json)
     edit_proto(folder, in_proto)
+    list_added_tokens(folder)
+
+
+def listed_twice(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda c: c["added_tokens_decoder"]["5"].update(content="<unused7>"))
 
 
 def pickles_only(folder: Path) -> None:
@@ -290,6 +307,7 @@ FAULTS: list[tuple[str, Callable[[Path], None], str]] = [
     ("special-ids", set_config(eos_token_id=6), "eos is '<eos>' = 1 in the tokenizer, 6 ('<end_of_turn>')"),
     ("tokenizer-config", replaced("tokenizer_config.json", '"<mask>"', '"<blank>"'), "mask_token '<blank>'"),
     ("tokenizer-config", written("added_tokens.json", '{"<unused7>": 5}'), "id 5 '<unused7>'"),
+    ("tokenizer-config", listed_twice, "id 5 '<unused7>'"),
     ("chat-template", replaced("chat_template.jinja", "<end_of_turn>", "<end_of_talk>"), "<end_of_talk>"),
     ("added-words", add_token("zzyzx", listed=True), "'zzyzx'"),
     ("byte-merges", byte_merge, "<0xFE> + <0xFF>"),
@@ -376,9 +394,77 @@ def test_llama_cpp(healthy: dict[str, Path], tmp_path: Path, llama_cpp: None) ->
     assert found(diagnosis) == {"sentencepiece-ids", "llama-cpp-ids"}
     assert " against " in said(diagnosis, "llama-cpp-ids")
     # two tokens of one name abort llama.cpp, not the doctor
-    diagnosis = examine(sick(healthy["gemma3"], tmp_path / "twice", written("added_tokens.json", '{"<unused7>": 5}')))
+    diagnosis = examine(sick(healthy["gemma3"], tmp_path / "twice", listed_twice))
     assert found(diagnosis) == {"tokenizer-config", "llama-cpp-ids"}
     assert "cannot run this tokenizer" in said(diagnosis, "llama-cpp-ids")
+
+
+def byte_level(folder: Path) -> Path:
+    """A tokenizer of Qwen's kind: byte-level, NFC, Korean syllables of the examples merged from their bytes."""
+    backend = Tokenizer(BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(tiny.korean(20), BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return folder
+
+
+def test_llama_cpp_composes_nothing(tmp_path: Path, llama_cpp: None) -> None:
+    """Decomposed text, which Qwen's tokenizer composes and llama.cpp does not, is no fault of the tokenizer."""
+    folder = byte_level(tmp_path / "qwen")
+    diagnosis = examine(folder, texts=[unicodedata.normalize("NFD", text) for text in ["환자", "café"]])
+    assert diagnosis.checks["llama-cpp-ids"] == "ok"
+    assert "llama.cpp's pre-tokenizer for 'unknown' is not known" in said(
+        examine(sick(folder, tmp_path / "unknown", set_config(model_type="unknown"))), "llama-cpp-ids"
+    )
+
+
+def shard(folder: Path) -> None:
+    """Two files and their index: the embedding, and all else."""
+    tensors = load_file(folder / "model.safetensors")
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    weight_map = {name: first if name == EMBEDDING else second for name in tensors}
+    for file in (first, second):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def infinite_norm_in_a_shard(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.inf
+    save_file(tensors, file)
+
+
+def cut_shard_short(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("check", "plant", "says"),
+    [
+        (None, lambda folder: None, ""),
+        ("weight-index", removed("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors"),
+        ("weight-index", removed("model.safetensors.index.json"), "shards without model.safetensors.index.json"),
+        ("damaged-shards", cut_shard_short, "model-00002-of-00002.safetensors"),
+        ("not-finite", infinite_norm_in_a_shard, "model.norm.weight: 1 of 32 rows, first 3"),
+    ],
+    ids=["healthy", "file-lost", "index-lost", "cut-short", "not-finite"],
+)
+def test_sharded_weights(
+    healthy: dict[str, Path], tmp_path: Path, check: str | None, plant: Callable[[Path], None], says: str
+) -> None:
+    folder = sick(healthy["gemma3"], tmp_path / "sharded", shard)
+    plant(folder)
+    diagnosis = examine(folder)
+    assert found(diagnosis) == ({check} if check else set())
+    assert says in said(diagnosis, check or "")
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma3-multimodal", "gemma3n", "llama", "llama-untied"])

@@ -263,7 +263,7 @@ def graft(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="The folder of its grafted tokenizer.")],
     out: OutOption,
     input_rule: Annotated[str, typer.Option("--input", help="How a new token's input row begins.")] = "subword_mean",
-    output_rule: Annotated[str, typer.Option("--output", help="How its output row begins.")] = "first_subword",
+    output_rule: Annotated[str, typer.Option("--output", help="How its output row begins.")] = "length_weighted",
     tie: Annotated[Literal["untie", "keep"], typer.Option(help="Part tied matrices, or keep them one.")] = "untie",
     as_json: JsonOption = False,
 ) -> None:

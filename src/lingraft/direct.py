@@ -125,7 +125,7 @@ def graft_model(
     out: Path,
     *,
     input_rule: str = "subword_mean",
-    output_rule: str = "first_subword",
+    output_rule: str = "length_weighted",
     tie: Literal["untie", "keep"] = "untie",
 ) -> dict[str, Any]:
     """Give the weights of `model` a row for each token of the grafted `tokenizer`, and write the model to `out`.

@@ -230,8 +230,8 @@ class Distillation(Strict):
 class Embeddings(Strict):
     method: Literal["rules", "probe"] = "rules"
     input: InitialRows = "subword_mean"
-    output: InitialRows = "first_subword"
-    calibrate_norm: bool = False
+    output: InitialRows = "length_weighted"
+    calibrate_norm: bool = True
     calibrate_output: Annotated[float, Field(gt=0, lt=1)] | None = None
     dictionary: Dictionary | None = None
     vectors: Vectors | None = None

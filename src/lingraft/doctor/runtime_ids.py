@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from lingraft.doctor.cuts import cut, difference
@@ -15,6 +11,10 @@ from lingraft.doctor.folder import CannotCheck, ModelFolder
 from lingraft.doctor.tokenizers import base_vocab, stale_ids
 from lingraft.families import family
 from lingraft.tokenizer import runtimes
+from lingraft.tokenizer.load import BaseTokenizer
+
+# (tokenizer, texts) → the texts on which Hugging Face and a runtime differ
+Comparison = Callable[[BaseTokenizer, Sequence[str]], list[runtimes.Disagreement]]
 
 
 def sentencepiece_ids(case: Case) -> list[Problem]:
@@ -40,46 +40,25 @@ def llama_cpp_ids(case: Case) -> list[Problem]:
             raise CannotCheck(f"llama.cpp's pre-tokenizer for {model_type or 'this tokenizer'!r} is not known")
     elif tokenizer.proto is None:
         raise CannotCheck("no tokenizer.model")
-    return _runtime_problem(case, "llama.cpp", partial(_llama_cpp, pre_tokenizer), list(case.texts))
+    return _runtime_problem(case, "llama.cpp", partial(_llama_cpp, pre_tokenizer), case.texts)
 
 
-def _sentencepiece(model: ModelFolder, texts: list[str]) -> list[list[int]]:
-    return runtimes.sentencepiece_ids(model.tokenizer, texts)
+def _sentencepiece(tokenizer: BaseTokenizer, texts: Sequence[str]) -> list[runtimes.Disagreement]:
+    """With the lines that have added words, which `runtimes.disagreements` leaves out: they are a fault here."""
+    rows = zip(texts, tokenizer.encode(texts), runtimes.sentencepiece_ids(tokenizer, texts), strict=True)
+    return [row for row in rows if row[1] != row[2]]
 
 
-_IN_A_CHILD = """
-import json, sys
-from lingraft.tokenizer.runtimes import llama_cpp_ids
-print("\\n" + json.dumps(llama_cpp_ids(*json.load(sys.stdin))))
-"""
+def _llama_cpp(pre_tokenizer: str, tokenizer: BaseTokenizer, texts: Sequence[str]) -> list[runtimes.Disagreement]:
+    return runtimes.disagreements(tokenizer, texts, pre_tokenizer)["llama.cpp"]
 
 
-def _llama_cpp(pre_tokenizer: str, model: ModelFolder, texts: list[str]) -> list[list[int]]:
-    """llama.cpp's ids, from a process of its own: on odd vocabularies llama.cpp aborts."""
-    done = subprocess.run(
-        [sys.executable, "-c", _IN_A_CHILD],
-        input=json.dumps([str(model.path), texts, pre_tokenizer]),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        aborted = next((line for line in said if "ASSERT" in line or "what()" in line), said[-1])
-        raise RuntimeError(aborted)
-    ids: list[list[int]] = json.loads(done.stdout.rstrip().splitlines()[-1])
-    return ids
-
-
-Runtime = Callable[[ModelFolder, list[str]], list[list[int]]]
-
-
-def _runtime_problem(case: Case, name: str, encode: Runtime, texts: list[str]) -> list[Problem]:
+def _runtime_problem(case: Case, name: str, compare: Comparison, texts: Sequence[str]) -> list[Problem]:
     """Lines that a runtime cuts differently, less those on which it disagrees about the base as well."""
     if stale_ids(case.model):
         raise CannotCheck("tokenizer.model is stale (see sentencepiece-model)")
     try:
-        differing = _disagreements(case.model, encode, texts)
+        differing = compare(case.model.tokenizer, texts)
     except Exception as error:  # each runtime refuses an odd tokenizer in its own way
         return [
             Problem(
@@ -92,7 +71,7 @@ def _runtime_problem(case: Case, name: str, encode: Runtime, texts: list[str]) -
         ]
     inherited = 0
     if differing and case.base and base_vocab(case):
-        known = {text for text, _, _ in _disagreements(case.base, encode, [text for text, _, _ in differing])}
+        known = {text for text, _, _ in compare(case.base.tokenizer, [text for text, _, _ in differing])}
         inherited = len(known)
         differing = [row for row in differing if row[0] not in known]
     if inherited and not differing:
@@ -112,12 +91,6 @@ def _runtime_problem(case: Case, name: str, encode: Runtime, texts: list[str]) -
             "words of add_tokens and regenerated merge lists do not agree",
         )
     ]
-
-
-def _disagreements(model: ModelFolder, encode: Runtime, texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
-    """(text, Hugging Face's ids, the runtime's) where they differ."""
-    rows = zip(texts, model.tokenizer.encode(texts), encode(model, texts), strict=True)
-    return [row for row in rows if row[1] != row[2]]
 
 
 def _one_line(error: BaseException) -> str:

@@ -83,6 +83,8 @@ def global_mean(matrix_VD: Tensor, material: Material) -> Rows:
     """The mean of all old rows for every token.
 
     Transformers' `resize_token_embeddings` does this but for noise of a covariance of 1e-9 of the rows'.
+    As output rows appended to V old ones, N new ones take at most N / (N + V) of the probability of any text: the
+    exponential of a mean logit is at most the mean exponential (Hewitt 2021).
     """
     count = len(material.parts)
     return Rows(_mean(matrix_VD).expand(count, -1).clone(), ["global_mean"] * count)
