@@ -58,7 +58,7 @@ def tokens(data: dict[str, Any]) -> str:
         return f"tokens saved: {data['unknown']}"
     compared = data["compared"]
     together = {"together": compared["together"]} if len(compared["sources"]) > 1 else {}
-    rows = [("", "tokens a character", "", "saved", "half of it at", "90 % at", "knee at", "new tokens used")]
+    rows = [("", "tokens a character", "saved", "half of it at", "90 % at", "knee at", "new tokens used")]
     for name, entry in {**compared["sources"], **together}.items():
         curve = entry["curve"] or {"knee": None, "reached": []}
         reached = [f"{mark['slots']:,}" for mark in curve["reached"]] or ["–", "–"]
@@ -66,8 +66,7 @@ def tokens(data: dict[str, Any]) -> str:
         rows.append(
             (
                 name,
-                f"{entry['before']['tokens_per_character']:.3f}",
-                f"→ {entry['after']['tokens_per_character']:.3f}",
+                f"{entry['before']['tokens_per_character']:.3f} → {entry['after']['tokens_per_character']:.3f}",
                 f"{entry['saved']:.1%}",
                 *reached,
                 f"{knee['slots']:,} ({knee['share_of_gain']:.0%})" if knee else "–",

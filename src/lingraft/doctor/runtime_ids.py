@@ -7,7 +7,7 @@ from functools import partial
 
 from lingraft.doctor.cuts import cut, difference
 from lingraft.doctor.findings import Case, Problem, short
-from lingraft.doctor.folder import CannotCheck, ModelFolder
+from lingraft.doctor.folder import CannotCheck
 from lingraft.doctor.tokenizers import base_vocab, stale_ids
 from lingraft.families import family
 from lingraft.tokenizer import runtimes

@@ -13,6 +13,7 @@ the file holds the smallest one that loads: one layer of zeros, 32 wide.
 
 from __future__ import annotations
 
+import os
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -251,7 +252,12 @@ def _server(path: Path) -> Iterator[HTTPConnection]:
     # -P, or this folder's inspect.py would stand in for the standard library's.
     command = [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_server.py")), str(path)]
     log = path.with_suffix(".log")
-    with log.open("w") as errors, Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as server:
+    # where it aborts, a debugger's backtrace would come instead of the address
+    quiet = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    with (
+        log.open("w") as errors,
+        Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True, env=quiet) as server,
+    ):
         assert server.stdin is not None
         assert server.stdout is not None
         address = server.stdout.readline().strip()
