@@ -9,24 +9,17 @@ devices (EDI), film reviews. Every tenth text, chosen by its hash, is held out. 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-import json
-import os
-import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+from data import gemma3, sources
 
 from lingraft.families import family
 from lingraft.tokenizer.graft import graft, place
 from lingraft.tokenizer.learn import balance, learn
-from lingraft.tokenizer.load import BaseTokenizer, load
 
-DATA = Path(os.environ.get("LINGRAFT_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 SLOTS = 6_143
 PLAIN: dict[str, Any] = {"max_words": 1, "characters_first": True, "exponent": 1.0}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,39 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def sources() -> dict[str, list[str]]:
-    """The texts of each source."""
-
-    def column(name: str) -> list[str]:
-        with open(DATA / "ko-medical" / name, encoding="utf-8-sig", newline="") as file:
-            return [row["ko"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["ko"]]
-
-    with gzip.open(DATA / "ko-medical/health_law.jsonl.gz", "rt", encoding="utf-8") as lines:
-        law = [json.loads(line)["text"] for line in lines]
-    with open(DATA / "ko-medical/edi_device_utf8.csv", encoding="utf-8-sig", newline="") as file:
-        devices = [f"{row['제품명_x']} {row['대분류코드명']} {row['중분류명']}" for row in csv.DictReader(file)]
-    with gzip.open(DATA / "ko-general/nsmc_reviews.tsv.gz", "rt", encoding="utf-8") as lines:
-        reviews = [line.rstrip("\n").split("\t")[1] for line in lines][1:]
-    return {
-        "law": law,
-        "diseases": column("kcd8_en_ko.tsv"),
-        "procedures": column("edi_procedures_en_ko.tsv"),
-        "devices": devices,
-        "reviews": reviews,
-    }
-
-
 def held_out(name: str, index: int) -> bool:
     """One text in ten."""
     return zlib.crc32(f"{name} {index}".encode()) % 10 == 0
-
-
-def gemma3(folder: Path) -> BaseTokenizer:
-    """The real tokenizer, unpacked into `folder`."""
-    packed = DATA / "tokenizers/gemma3_262k"
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((packed / "tokenizer.json.gz").read_bytes()))
-    shutil.copy(packed / "tokenizer.model", folder)
-    return load(folder)
 
 
 def main() -> None:
@@ -83,25 +46,24 @@ def main() -> None:
     texts = sources()
     train = {n: [t for i, t in enumerate(ts) if not held_out(n, i)] for n, ts in texts.items()}
     test = {n: [t for i, t in enumerate(ts) if held_out(n, i)] for n, ts in texts.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        base = gemma3(Path(folder))
-        before = {name: sum(map(len, base.encode(lines))) for name, lines in test.items()}
-        print(f"{sum(len(t) for ts in train.values() for t in ts):,} characters to learn from, {slots:,} slots")
-        print(f"{'tokens saved on held-out text':34}{'learnt in':>10}" + "".join(f"{name:>12}" for name in test))
-        for title, settings in SETTINGS.items():
-            options = dict(settings)
-            weights = balance({n: float(sum(map(len, ts))) for n, ts in train.items()}, options.pop("exponent"))
+    base = gemma3()
+    before = {name: sum(map(len, base.encode(lines))) for name, lines in test.items()}
+    print(f"{sum(len(t) for ts in train.values() for t in ts):,} characters to learn from, {slots:,} slots")
+    print(f"{'tokens saved on held-out text':34}{'learnt in':>10}" + "".join(f"{name:>12}" for name in test))
+    for title, settings in SETTINGS.items():
+        options = dict(settings)
+        weights = balance({n: float(sum(map(len, ts))) for n, ts in train.items()}, options.pop("exponent"))
 
-            def weighted(weights: dict[str, float] = weights) -> Iterator[tuple[str, float]]:
-                return ((text, weights[name]) for name, lines in train.items() for text in lines)
+        def weighted(weights: dict[str, float] = weights) -> Iterator[tuple[str, float]]:
+            return ((text, weights[name]) for name, lines in train.items() for text in lines)
 
-            start = time.perf_counter()
-            learnt = learn(base, weighted(), new_tokens=slots, scripts=frozenset({"Hangul"}), **options)
-            seconds = time.perf_counter() - start
-            grafted = graft(base, place(base, learnt, family=family("gemma3"))).tokenizer
-            after = {name: sum(map(len, grafted.encode(lines))) for name, lines in test.items()}
-            saved = "".join(f"{1 - after[name] / before[name]:>12.1%}" for name in test)
-            print(f"{title:34}{seconds:>8.1f} s{saved}", flush=True)
+        start = time.perf_counter()
+        learnt = learn(base, weighted(), new_tokens=slots, scripts=frozenset({"Hangul"}), **options)
+        seconds = time.perf_counter() - start
+        grafted = graft(base, place(base, learnt, family=family("gemma3"))).tokenizer
+        after = {name: sum(map(len, grafted.encode(lines))) for name, lines in test.items()}
+        saved = "".join(f"{1 - after[name] / before[name]:>12.1%}" for name in test)
+        print(f"{title:34}{seconds:>8.1f} s{saved}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ Reads the project's data folder (../shared/data, or LINGRAFT_DATA): the Gemma 3 
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import heapq
-import json
 import os
 import statistics
 import tempfile
@@ -26,26 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data import gemma3, sources
 
 from lingraft.tokenizer.count import Run, count_runs, count_units
-from lingraft.tokenizer.load import BaseTokenizer, load
+from lingraft.tokenizer.load import BaseTokenizer
 from lingraft.tokenizer.merges import merge_greedily
 from lingraft.tokenizer.pieces import wanted_characters
 
-DATA = Path(os.environ.get("LINGRAFT_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 HANGUL = frozenset({"Hangul"})
 Pair = tuple[str, str]
-
-
-def korean_texts() -> list[str]:
-    """Health law, disease names, procedures and film reviews: 6.7 million characters."""
-    with gzip.open(DATA / "ko-medical/health_law.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    for name in ("kcd8_en_ko.tsv", "edi_procedures_en_ko.tsv"):
-        with open(DATA / "ko-medical" / name, encoding="utf-8-sig", newline="") as file:
-            texts += [row["ko"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["ko"]]
-    with gzip.open(DATA / "ko-general/nsmc_reviews.tsv.gz", "rt", encoding="utf-8") as lines:
-        return texts + [line.rstrip("\n").split("\t")[1] for line in islice(lines, 1, None)]
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -233,13 +219,6 @@ def benchmark_memory(base: BaseTokenizer, size_bytes: int, workers: int) -> None
         print(f"  {len(units):,} words kept; memory of all processes: {gigabytes}")
 
 
-def gemma3() -> BaseTokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        packed = (DATA / "tokenizers/gemma3_262k/tokenizer.json.gz").read_bytes()
-        (Path(folder) / "tokenizer.json").write_bytes(gzip.decompress(packed))
-        return load(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the text, 100 MB, one run")
@@ -248,7 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     base = gemma3()
-    texts = korean_texts()[:: 10 if options.quick else 1]
+    texts = [text for source in sources().values() for text in source][:: 10 if options.quick else 1]
     runs = 1 if options.quick else 3
     # Memory first, since the other parts leave theirs behind.
     if options.only in (None, "memory"):

@@ -583,11 +583,11 @@ def test_unusable_input(healthy: dict[str, Path], tmp_path: Path) -> None:
     from lingraft import api
 
     with pytest.raises(ModelError, match="no such model folder"):
-        api.doctor(tmp_path / "none")
+        api.diagnose(tmp_path / "none")
     with pytest.raises(ModelError, match="neither config"):
-        api.doctor(tmp_path)
+        api.diagnose(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "cp949.txt").write_bytes("환자".encode("cp949"))
     for name, why in (("none.txt", "no such text file"), ("empty.txt", "no text"), ("cp949.txt", "not UTF-8")):
         with pytest.raises(CorpusError, match=why):
-            api.doctor(healthy["llama"], texts=[tmp_path / name])
+            api.diagnose(healthy["llama"], texts=[tmp_path / name])

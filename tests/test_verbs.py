@@ -82,7 +82,7 @@ def test_the_model_opens_with_transformers_and_is_healthy(made: Any) -> None:
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
     ids = tokenizer("환자는 약을 먹었다", return_tensors="pt")["input_ids"]
     assert AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits.isfinite().all()
-    diagnosis = api.doctor(out, base).as_json()
+    diagnosis = api.diagnose(out, base).as_json()
     assert diagnosis["healthy"], diagnosis["findings"]
     assert learnt["new_tokens"] == NEW_TOKENS
 

@@ -11,7 +11,19 @@ Everything the command line does is one call here:
 Importing this module loads nothing heavy.
 """
 
-from lingraft.api import check, compare_embeddings, load_recipe, plan, run, status, write_report
+from lingraft.api import (
+    check,
+    compare_embeddings,
+    diagnose,
+    graft_model,
+    graft_tokenizer,
+    load_recipe,
+    plan,
+    report_tokenizer,
+    run,
+    status,
+    write_report,
+)
 from lingraft.errors import GateFailed, LingraftError
 from lingraft.version import VERSION as __version__
 
@@ -21,8 +33,12 @@ __all__ = [
     "__version__",
     "check",
     "compare_embeddings",
+    "diagnose",
+    "graft_model",
+    "graft_tokenizer",
     "load_recipe",
     "plan",
+    "report_tokenizer",
     "run",
     "status",
     "write_report",

@@ -120,7 +120,7 @@ def write_report(run_dir: str | Path) -> Path:
     return rewrite_report(Path(run_dir).absolute())
 
 
-def doctor(model: str | Path, base: str | Path | None = None, texts: Sequence[str | Path] = ()) -> Diagnosis:
+def diagnose(model: str | Path, base: str | Path | None = None, texts: Sequence[str | Path] = ()) -> Diagnosis:
     """Examine a model folder, anyone's, and name everything that is wrong with it.
 
     Args:

@@ -196,7 +196,7 @@ def doctor(
     from lingraft import api
 
     with _progress_aside(as_json):
-        diagnosis = api.doctor(model, base, text or [])
+        diagnosis = api.diagnose(model, base, text or [])
     data = diagnosis.as_json()
     typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.doctor(data))
     raise typer.Exit(0 if diagnosis.healthy else 1)

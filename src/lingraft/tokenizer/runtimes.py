@@ -13,8 +13,8 @@ the file holds the smallest one that loads: one layer of zeros, 32 wide.
 
 from __future__ import annotations
 
-import os
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
