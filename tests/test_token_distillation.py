@@ -20,7 +20,6 @@ from lingraft.model.rows import VocabularyTraining
 from lingraft.steps.context import new_token_ids
 from lingraft.training import loop
 from lingraft.training.batches import IGNORED, Batches, Encoded, to_micro_batch
-from lingraft.training.settings import StageSettings
 from lingraft.training.stage import run_stage
 from lingraft.training.token_distillation import (
     Segmentation,
@@ -35,26 +34,7 @@ NEW_IDS, OLD_IDS = [10, 11], [[1, 2, 3], [4, 5]]
 # In the tiny checkpoints' vocabulary.
 TINY_NEW = [400, 401, 402, 450]
 TINY_OLD = [[300, 301], [302, 303, 304], [300, 305], [306, 307]]
-SETTINGS = StageSettings(
-    name="token-distillation",
-    input_rows="new",
-    output_rows="none",
-    layers="none",
-    lora=None,
-    learning_rate=1e-2,
-    embedding_learning_rate=None,
-    batch_size=2,
-    gradient_accumulation_steps=2,
-    precision="fp32",
-    warmup=0.1,
-    schedule="cosine",
-    weight_decay=0.0,
-    betas=(0.9, 0.95),
-    clip=1.0,
-    gradient_checkpointing=False,
-    checkpoint_seconds=1e9,
-    seed=1,
-)
+SETTINGS = replace(tiny.STAGE_SETTINGS, name="token-distillation", input_rows="new", weight_decay=0.0)
 
 
 @pytest.fixture

@@ -20,32 +20,12 @@ from lingraft.training import loop
 from lingraft.training.batches import IGNORED, Batches, Encoded, cut, mixture, pack, to_micro_batch
 from lingraft.training.loop import learning_rate_factor
 from lingraft.training.loss import NextTokenLoss
-from lingraft.training.settings import LoraSettings, StageSettings
+from lingraft.training.settings import LoraSettings
 from lingraft.training.stage import run_stage
 
 NEW_IDS = [400, 401, 402, 450]
+SETTINGS = tiny.STAGE_SETTINGS
 LORA = LoraSettings(r=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
-SETTINGS = StageSettings(
-    name="test",
-    input_rows="none",
-    output_rows="none",
-    layers="none",
-    lora=None,
-    learning_rate=1e-2,
-    embedding_learning_rate=None,
-    batch_size=2,
-    gradient_accumulation_steps=2,
-    precision="fp32",
-    warmup=0.1,
-    schedule="cosine",
-    weight_decay=0.1,
-    betas=(0.9, 0.95),
-    clip=1.0,
-    gradient_checkpointing=False,
-    checkpoint_seconds=1e9,
-    seed=1,
-)
-
 # What each of the seven EEVE stages trains, and the tensors that may differ afterwards (untied).
 IN_NEW, IN_OLD = "embed_tokens.weight[new rows]", "embed_tokens.weight[old rows]"
 OUT_NEW, OUT_OLD = "lm_head.weight[new rows]", "lm_head.weight[old rows]"

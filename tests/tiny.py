@@ -23,6 +23,7 @@ from transformers import (
 from lingraft.miniature.sets import records
 from lingraft.model.load import copy_companions, save
 from lingraft.tokenizer.new import train_sentencepiece
+from lingraft.training.settings import StageSettings
 
 VOCABULARY = 640
 UNUSED = 256
@@ -39,6 +40,29 @@ _TEXT = {
     "max_position_embeddings": 512,
 }
 _GEMMA = {**_TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+# A stage that trains nothing until a test says what.
+STAGE_SETTINGS = StageSettings(
+    name="test",
+    input_rows="none",
+    output_rows="none",
+    layers="none",
+    lora=None,
+    learning_rate=1e-2,
+    embedding_learning_rate=None,
+    batch_size=2,
+    gradient_accumulation_steps=2,
+    precision="fp32",
+    warmup=0.1,
+    schedule="cosine",
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    clip=1.0,
+    gradient_checkpointing=False,
+    checkpoint_seconds=1e9,
+    seed=1,
+)
 
 
 def gemma3(tied: bool = True) -> Any:

@@ -9,6 +9,7 @@ Each writes one folder, published in one move and never over something that is t
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import unicodedata
 from collections import Counter
@@ -33,10 +34,10 @@ from lingraft.steps.embeddings import write_checkpoint
 from lingraft.steps.rows import plain_rows
 from lingraft.tokenizer.check import verify
 from lingraft.tokenizer.economics import compare
-from lingraft.tokenizer.graft import GraftedPiece, Slots, graft, place, read_graft, write
+from lingraft.tokenizer.graft import GraftedPiece, Slots, free_slots, graft, place, read_graft, write
 from lingraft.tokenizer.learn import balance, learn
 from lingraft.tokenizer.load import BaseTokenizer, load
-from lingraft.tokenizer.pieces import wanted_characters
+from lingraft.tokenizer.pieces import SCRIPTS, wanted_characters
 from lingraft.version import VERSION
 
 HELD_OUT_EVERY, HELD_OUT_MOST = 20, 2000  # one document in 20 is kept from learning, to measure the gain on
@@ -70,11 +71,20 @@ def graft_tokenizer(
         LingraftError: text or tokenizer can't be used, the slots don't suffice, or `out` is not empty.
     """
     out = _free(out)
+    _check_scripts(scripts)
     tokenizer = load(base)
     row, in_use = _family_of(base, tokenizer)
+    # Learning takes minutes: slots that cannot suffice are refused before it.
+    free_slots(tokenizer, new_tokens, family=row, slots=slots, in_use=in_use)
     documents = partial(_documents, texts, column, "--text")
     wanted = frozenset(scripts) or _main_scripts(documents())
     kept = list(_documents(held_out, column, "--held-out")) if held_out else list(_every_so_often(documents()))
+    if not kept:
+        say(
+            f"  fewer than {HELD_OUT_EVERY} documents (blank lines part them in a .txt): the gain is measured on the "
+            "very text learnt from; give --held-out",
+            style="yellow",
+        )
     learnt = learn(
         tokenizer,
         _weighted(texts, column, all_of_it=bool(held_out)),
@@ -116,6 +126,8 @@ def report_tokenizer(grafted: Path, base: Path, texts: Sequence[str], column: st
     sources = {path: list(_documents([path], column, "--text")) for path in texts}
     old, new = load(base), load(grafted)
     pieces = read_graft(grafted) if (grafted / "graft.json").is_file() else None
+    if pieces is not None:
+        _check_same_base(old, new, pieces, base, grafted)
     return {"tokenizer": str(grafted), "base": str(base)} | compare(old, new, sources, pieces)
 
 
@@ -162,6 +174,9 @@ def _free(out: Path) -> Path:
     out = out.absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise RunError(f"--out: {out} is there already and is never overwritten; give another folder, or remove it")
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise RunError(f"--out: {out} cannot be made, {parent} is no folder that you may write to; give another folder")
     return out
 
 
@@ -249,6 +264,13 @@ def _family_of(base: Path, tokenizer: BaseTokenizer) -> tuple[Family, frozenset[
     return family_of_pieces(tokenizer.vocab), frozenset()
 
 
+def _check_scripts(scripts: Sequence[str]) -> None:
+    for script in scripts:
+        if script not in SCRIPTS:
+            cure = did_you_mean(script.capitalize(), SCRIPTS) or "; examples: Hangul, Han, Thai"
+            raise TokenizerError(f"--scripts: {script!r} is no script that Unicode names so{cure}")
+
+
 def _check_rule(option: str, rule: str) -> None:
     known = [name for name in get_args(InitialRows) if name not in NEEDS]
     if rule in NEEDS:
@@ -266,7 +288,8 @@ def _check_same_base(
         if index not in new and grafted.piece_of.get(index) != piece:
             raise TokenizerError(
                 f"{folder}: grafted on another base: id {index} is {piece!r} in {model} but "
-                f"{grafted.piece_of.get(index)!r} here; graft this model's own tokenizer"
+                f"{grafted.piece_of.get(index)!r} here; "
+                "give the base that it was grafted on, or graft this model's own tokenizer"
             )
     known = [token.piece for token in tokens if token.piece in base.vocab]
     if known:

@@ -116,6 +116,15 @@ def place(
     Raises TokenizerError when slots do not suffice and nothing may be appended.
     """
     wanted = len(learnt.pieces)
+    free = free_slots(base, wanted, family=family, slots=slots, in_use=in_use)
+    appended = range(len(base), len(base) + wanted - len(free))
+    return Placement(learnt.pieces, [*free, *appended], {index: base.piece_of[index] for index in free})
+
+
+def free_slots(
+    base: BaseTokenizer, wanted: int, *, family: Family, slots: Slots, in_use: Collection[int] = ()
+) -> list[int]:
+    """The unused slots that `wanted` new pieces would take; see `place` for the rest and the error."""
     usable = unused_slots(base, family, in_use)
     free = [] if slots == "append" else usable[:wanted]
     missing = wanted - len(free)
@@ -135,8 +144,7 @@ def place(
             f"{wanted:,} new tokens but {len(free):,} unused slots; ask for at most {len(free):,} new tokens, or let "
             "the tokenizer append (slots: auto or append)"
         )
-    appended = range(len(base), len(base) + missing)
-    return Placement(learnt.pieces, [*free, *appended], {index: base.piece_of[index] for index in free})
+    return free
 
 
 def graft(base: BaseTokenizer, placement: Placement) -> GraftedTokenizer:
@@ -246,13 +254,19 @@ def write(grafted: GraftedTokenizer, folder: Path | str) -> None:
 
 
 def read_graft(folder: Path | str) -> list[GraftedPiece]:
-    """The new pieces of a grafted tokenizer's folder, in merge order. Raises TokenizerError if it has none."""
+    """The new pieces of a grafted tokenizer's folder, in merge order.
+
+    Raises TokenizerError if graft.json is missing or damaged.
+    """
     path = Path(folder) / GRAFT_FILE
     if not path.is_file():
         raise TokenizerError(
             f"{path}: no such file; this is no folder of a grafted tokenizer (make one: lingraft tokenizer graft)"
         )
-    return [GraftedPiece(**row) for row in json.loads(path.read_text("utf-8"))["pieces"]]
+    try:
+        return [GraftedPiece(**row) for row in json.loads(path.read_text("utf-8"))["pieces"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{path}: damaged ({error}); graft the tokenizer again") from None
 
 
 def _dump(value: Any) -> str:

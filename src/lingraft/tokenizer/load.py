@@ -81,7 +81,7 @@ def load(folder: Path | str) -> BaseTokenizer:
     continued, and when `tokenizer.model` and `tokenizer.json` disagree.
     """
     folder = Path(folder)
-    files = {name: (folder / name).read_text("utf-8") for name in SIDE_FILES if (folder / name).is_file()}
+    files = {name: _read_side_file(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
         return _load_sentencepiece(folder, files)
     parsed, tokenizer = _read_json(folder / "tokenizer.json")
@@ -137,7 +137,20 @@ def _added_past(end: int, config: dict[str, Any], files: dict[str, str]) -> list
     return [added[index] for index in sorted(added) if index >= end]
 
 
+def _read_side_file(path: Path) -> str:
+    """The text of a side file, known to parse where it is JSON."""
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json" and not isinstance(json.loads(text), dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:  # no UTF-8, no JSON
+        raise TokenizerError(f"{path}: damaged ({error}); download it again") from None
+    return text
+
+
 def _read_json(path: Path) -> tuple[dict[str, Any], Tokenizer]:
+    if path.parent.is_file():
+        raise TokenizerError(f"{path.parent}: a file; give the folder that holds the model's tokenizer files")
     if not path.is_file():
         raise TokenizerError(
             f"{path}: no such file, nor a tokenizer.model (SentencePiece) beside it; download the model's tokenizer "
