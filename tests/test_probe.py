@@ -28,7 +28,8 @@ STAGES = [
 
 
 def write_recipe(folder: Path, model: Path, **embeddings: Any) -> Path:
-    settings = {"distillation": {"tokens": 600, "learning_rate": 2e-3}} | embeddings
+    plain = {"output": "first_subword", "calibrate_norm": False}
+    settings = plain | {"distillation": {"tokens": 600, "learning_rate": 2e-3}} | embeddings
     return tiny.write_recipe(folder, model, stages=STAGES, embeddings=settings)
 
 

@@ -28,7 +28,7 @@ from lingraft.errors import CorpusError, ModelError, RunError, TokenizerError
 from lingraft.families import Family, family, family_of_pieces
 from lingraft.model.load import check, read_config, special_ids
 from lingraft.progress import say
-from lingraft.recipe import Embeddings, InitialRows
+from lingraft.recipe import Embeddings, InitialRows, did_you_mean
 from lingraft.recipe import Tokenizer as TokenizerSettings
 from lingraft.steps.embeddings import write_checkpoint
 from lingraft.steps.rows import plain_rows
@@ -284,11 +284,12 @@ def _check_same_base(
 ) -> None:
     """Raise unless `grafted` is `base` with the new tokens and nothing else."""
     new = {token.id for token in tokens}
-    for index, piece in base.piece_of.items():
-        if index not in new and grafted.piece_of.get(index) != piece:
+    for index in sorted((base.piece_of.keys() | grafted.piece_of.keys()) - new):
+        before, after = base.piece_of.get(index), grafted.piece_of.get(index)
+        if before != after:
+            there, here = ("missing" if piece is None else repr(piece) for piece in (before, after))
             raise TokenizerError(
-                f"{folder}: grafted on another base: id {index} is {piece!r} in {model} but "
-                f"{grafted.piece_of.get(index)!r} here; "
+                f"{folder}: grafted on another base: id {index} is {there} in {model} but {here} here; "
                 "give the base that it was grafted on, or graft this model's own tokenizer"
             )
     known = [token.piece for token in tokens if token.piece in base.vocab]

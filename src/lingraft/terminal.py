@@ -144,8 +144,9 @@ def grafted_tokenizer(data: dict[str, Any]) -> str:
         "",
         _economics(measured),
         "",
-        f"checked: {checks['old_texts']:,} lines without these scripts keep their ids, {checks['new_texts']:,} texts "
-        f"come back whole, {checks['new_pieces']:,} of {data['new_tokens']:,} new tokens reachable",
+        f"checked: ids of {_count(checks['old_texts'], 'line')} without these scripts kept, "
+        f"{_count(checks['new_texts'], 'text')} decoded back whole, "
+        f"{checks['new_pieces']:,} of {data['new_tokens']:,} new tokens reachable",
         f"tokenizer  {data['out']}",
     ]
     return "\n".join(lines)
@@ -216,6 +217,10 @@ def doctor(data: dict[str, Any]) -> str:
 
 
 _DOCTOR_FIELDS = (("where", "where"), ("why", "why"), ("mend", "cure"))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _number(measured: dict[str, Any], key: str) -> str:
