@@ -340,7 +340,8 @@ def test_bad_dictionary(tmp_path: Path, tiny_gemma: Path) -> None:
     recipe = tiny.write_recipe(tmp_path, tiny_gemma, embeddings={"dictionary": {"path": "terms.tsv"}})
     assert "embeddings.dictionary.path: no such file" in fails(recipe, tmp_path)
     (tmp_path / "terms.tsv").write_text("korean\tenglish\n폐렴\tpneumonia\n", encoding="utf-8")
-    assert "embeddings.dictionary" in fails(recipe, tmp_path)
+    assert "embeddings.dictionary: no column 'ko'" in fails(recipe, tmp_path)
+    assert not (tmp_path / "run" / "01-corpus").exists(), "found before any step"
 
 
 def test_unreachable_hub_model(tmp_path: Path, tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from lingraft.recipe import Embeddings, Recipe
 from lingraft.steps import distillation
 from lingraft.steps.context import Context
 from lingraft.steps.donor import donor_key
-from lingraft.steps.rows import NewRows, initial_rows, plain_rows
+from lingraft.steps.rows import NewRows, dictionary_pairs, initial_rows, plain_rows
 from lingraft.tokenizer.graft import GraftedPiece, read_graft
 
 LOGITS_TEXTS, LOGITS_TOKENS = 4, 64
@@ -149,6 +149,8 @@ def inputs(recipe: Recipe, hashes: Hashes) -> dict[str, str]:
         if not path.is_file():
             raise CorpusError(f"embeddings.{key}: no such file {path}; paths are relative to the recipe")
         found[key] = hashes.file(path)
+    if settings.dictionary:
+        dictionary_pairs(recipe, settings.dictionary)  # wrong columns are found before any step runs
     if settings.donor:
         found["donor"] = donor_key(recipe, hashes)
     if {settings.input, settings.output} & SEEDED:
