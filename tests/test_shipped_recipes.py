@@ -283,7 +283,8 @@ def test_stories(tmp_path: Path, stories: Path) -> None:
     data = shrink(plain("stories-korean"))
     replay = next(source for source in data["corpus"]["sources"] if "replay" in source)
     replay["replay"] |= {"documents": 12, "max_tokens": 24}
-    run(tmp_path, data)
+    entries = run(tmp_path, data)
+    assert all(set(entry["languages"]) == {"ko", "en"} for entry in entries.values())
 
 
 def test_quickstart_and_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

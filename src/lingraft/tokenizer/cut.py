@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -59,6 +60,7 @@ class Cutter(Protocol):
         """The units of counted chunks with their counts, spelled in the tokenizer's alphabet ("▁가", "ìĿ´")."""
 
 
+@lru_cache(maxsize=1)
 def cutter_of(base: BaseTokenizer) -> Cutter:
     """The fastest exact cutter for a tokenizer."""
     normalizer, pre_tokenizer = base.json.get("normalizer"), base.json.get("pre_tokenizer")

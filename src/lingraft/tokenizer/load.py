@@ -29,7 +29,7 @@ SIDE_FILES = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BaseTokenizer:
     """A tokenizer in its two forms: `json` is the parsed tokenizer.json that `tokenizer` runs on, `proto` the
     parsed SentencePiece model (None for byte-level BPE). `files` holds the side files' text by file name."""

@@ -71,11 +71,7 @@ def run_stage(
         to_device(model, accelerator.device)
 
     trained = _Trained(model, settings, new_ids)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = train(loss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
-    model.gradient_checkpointing_disable()
-    accelerator.free_memory()
+    loop = _train(trained, model, settings, batches, work, loss, accelerator)
     trainable = trained.sizes()
     changes = trained.finish()
     if in_place:
@@ -111,12 +107,25 @@ def train_rows(
     torch.manual_seed(settings.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     trained = _Trained(model, settings, new_ids)
+    result = _train(trained, model, settings, batches, work, loss, accelerator)
+    trained.finish().apply(model, {})
+    return result
+
+
+def _train(
+    trained: _Trained,
+    model: PreTrainedModel,
+    settings: StageSettings,
+    batches: Batches,
+    work: Path,
+    loss: Loss,
+    accelerator: Accelerator,
+) -> LoopResult:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     result = train(loss(model), trained.groups(), trained.parameters, batches, settings, work, accelerator)
     model.gradient_checkpointing_disable()
     accelerator.free_memory()
-    trained.finish().apply(model, {})
     return result
 
 
