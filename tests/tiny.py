@@ -51,9 +51,11 @@ STAGE_SETTINGS = StageSettings(
     lora=None,
     learning_rate=1e-2,
     embedding_learning_rate=None,
-    batch_size=2,
-    gradient_accumulation_steps=2,
+    rows_per_step=4,
+    micro_batch=2,
+    packing=True,
     precision="fp32",
+    optimizer="adamw",
     warmup=0.1,
     schedule="cosine",
     weight_decay=0.1,
@@ -61,6 +63,7 @@ STAGE_SETTINGS = StageSettings(
     clip=1.0,
     gradient_checkpointing=False,
     checkpoint_seconds=1e9,
+    keep="last",
     seed=1,
 )
 

@@ -39,6 +39,7 @@ from lingraft.steps.report import report_data
 from lingraft.version import VERSION
 
 RESULTS_VERSION = 1  # raise it when a step's results change for the same recipe and inputs
+HARMLESS_SETTINGS = frozenset({"checkpoint_seconds", "micro_batch"})  # they don't change what a stage learns
 
 State = Literal["done", "stale", "started", "pending"]
 Work = Callable[[Path, Path], dict[str, Any]]
@@ -205,7 +206,7 @@ class _Layout:
                 name,
                 f"stage {index} {entry.name}",
                 {
-                    "stage": entry.model_dump(exclude={"gate", "checkpoint_seconds"}),
+                    "stage": entry.model_dump(exclude={"gate", *HARMLESS_SETTINGS}),
                     "data": recipe.stage_data(entry),
                     "sources": sorted(sources),
                     "seed": recipe.seed,
@@ -238,11 +239,10 @@ class _Layout:
 def embeddings_section(recipe: Recipe) -> dict[str, Any]:
     """What the embeddings step depends on: its own section, and that of the training that it may do."""
     section: dict[str, Any] = {"embeddings": recipe.embeddings}
-    unseen = {"checkpoint_seconds"}
     if recipe.embeddings.distillation or recipe.embeddings.method == "probe":
-        section |= {"training": recipe.training.model_dump(exclude=unseen), "seed": recipe.seed}
+        section |= {"training": recipe.training.model_dump(exclude=set(HARMLESS_SETTINGS)), "seed": recipe.seed}
     if recipe.embeddings.method == "probe":
-        section |= {"probe": probe.probe_stage(recipe, probe.STEPS).model_dump(exclude=unseen)}
+        section |= {"probe": probe.probe_stage(recipe, probe.STEPS).model_dump(exclude=set(HARMLESS_SETTINGS))}
         section |= {"evaluate": recipe.evaluate.model_dump(exclude={"questions", "generation"})}
     return section
 

@@ -274,7 +274,10 @@ class Settings(Strict):
     sequence_length: Annotated[Count, Field(ge=8)] = 2048
     batch_size: Count = 1
     gradient_accumulation_steps: Count = 16
+    micro_batch: Literal["auto"] | Count = "auto"
+    packing: bool = True
     precision: Literal["fp32", "bf16"] = "bf16"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     warmup: Share = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -282,6 +285,7 @@ class Settings(Strict):
     clip: Positive = 1.0
     gradient_checkpointing: bool = True
     checkpoint_seconds: Positive = 600
+    keep: Literal["last", "best"] = "last"
 
 
 class Stage(Settings):

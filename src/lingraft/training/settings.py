@@ -19,7 +19,11 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One stage. Rows: `none`, `new`, `all`; layers: `none`, `all`, `lora`."""
+    """One stage. Rows: `none`, `new`, `all`; layers: `none`, `all`, `lora`.
+
+    rows_per_step: rows of the batch of one optimiser step; micro_batch: how many of them go through the model at a
+    time, None for as many as fit.
+    """
 
     name: str
     input_rows: str
@@ -28,9 +32,11 @@ class StageSettings:
     lora: LoraSettings | None
     learning_rate: float
     embedding_learning_rate: float | None
-    batch_size: int
-    gradient_accumulation_steps: int
+    rows_per_step: int
+    micro_batch: int | None
+    packing: bool
     precision: str
+    optimizer: str
     warmup: float
     schedule: str
     weight_decay: float
@@ -38,6 +44,7 @@ class StageSettings:
     clip: float
     gradient_checkpointing: bool
     checkpoint_seconds: float
+    keep: str
     seed: int
 
     @property
