@@ -18,7 +18,7 @@ import tiny
 from safetensors.torch import load_file
 
 import lingraft
-from lingraft import pipeline
+from lingraft import layout
 from lingraft.errors import LingraftError, RunError
 
 
@@ -75,7 +75,7 @@ def test_adaptation_gains_on_the_target_and_changes_no_old_ids(finished: Path) -
 
 
 def tiny_base(folder: Path) -> Path:
-    return Path(pipeline.open_run(folder / "run").base.folder)
+    return Path(layout.open_run(folder / "run").base.folder)
 
 
 def test_finished_run_is_skipped(finished: Path) -> None:
@@ -415,7 +415,7 @@ def test_full_disk_says_so_and_leaves_nothing_half_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("lingraft.training.stage.save", full)
+        patch.setattr("lingraft.training.stage.write_changed", full)
         with pytest.raises(OSError, match="No space left"):
             lingraft.run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "04-stage-1-rows").exists()
@@ -489,7 +489,7 @@ def test_two_files_of_one_name_are_both_inputs(tmp_path: Path, tiny_gemma: Path)
     changes = ["corpus.sources.korean.path=[a/x.txt, b/x.txt]"]
 
     def corpus_key() -> str:
-        return pipeline.make_plan(lingraft.load_recipe(recipe, changes), tmp_path / "run").steps[0].key
+        return layout.make_plan(lingraft.load_recipe(recipe, changes), tmp_path / "run").steps[0].key
 
     before = corpus_key()
     (tmp_path / "a" / "x.txt").write_text("폐렴은 폐에 생기는 병이다.", encoding="utf-8")

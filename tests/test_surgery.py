@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lingraft.errors import ModelError
-from lingraft.model import surgery
+from lingraft.model import shards
 from lingraft.model.load import check, input_matrix, is_tied, load, output_matrix, special_ids
 from lingraft.model.surgery import (
     VocabularyRows,
@@ -80,15 +80,15 @@ def test_growth_in_small_shards_and_blocks(
         with pytest.raises(ModelError, match=r"new ids past its 640 rows .* per-layer table ends .* unused slots only"):
             write_grafted(base, tmp_path, APPENDED, new_rows(3, base))
         return
-    monkeypatch.setattr(surgery, "SHARD_BYTES", 30_000)
-    monkeypatch.setattr(surgery, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
     new = new_rows(3, base, head)
     assert write_grafted(base, tmp_path, APPENDED, new) == 704
     assert altered(base, tmp_path, APPENDED) == []
-    shards = sorted(tmp_path.glob("*.safetensors"))
+    files = sorted(tmp_path.glob("*.safetensors"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert len(shards) > 3
-    assert index["metadata"]["total_size"] == sum(t.nbytes for s in shards for t in load_file(s).values())
+    assert len(files) > 3
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(file).values())
 
     model, old = load(tmp_path), load(base)
     assert is_tied(model.config) is not head

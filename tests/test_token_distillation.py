@@ -19,7 +19,7 @@ from lingraft.model.load import input_matrix, load, output_matrix
 from lingraft.model.rows import VocabularyTraining
 from lingraft.steps.context import new_token_ids
 from lingraft.training import loop
-from lingraft.training.batches import IGNORED, Batches, Encoded, to_micro_batch
+from lingraft.training.batches import IGNORED, Batches, to_micro_batch
 from lingraft.training.stage import run_stage
 from lingraft.training.token_distillation import (
     Segmentation,
@@ -27,6 +27,7 @@ from lingraft.training.token_distillation import (
     cut_by_old_tokens,
     hidden_state_error,
 )
+from lingraft.training.tokens import Encoded
 
 # Tokens 0–9 are old; 10 is written 1 2 3, and 11 is written 4 5.
 NEW_IDS, OLD_IDS = [10, 11], [[1, 2, 3], [4, 5]]
@@ -54,7 +55,7 @@ def documents(count: int = 24, length: int = 20) -> list[Encoded]:
 
 
 def batches(**changes: object) -> Batches:
-    settings = {"sequence_length": 64, "batch_size": 2, "rows_per_step": 4, "pad": 0, "bos": 2, "seed": 0, "epochs": 8}
+    settings = {"sequence_length": 64, "rows_per_step": 4, "pad": 0, "bos": 2, "seed": 0, "epochs": 8}
     return Batches({"a": documents()}, {"a": 1.0}, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -87,7 +88,7 @@ def test_parts_are_read_in_order(segmentation: Segmentation) -> None:
 def test_documents_are_cut_by_their_old_tokens() -> None:
     lengths = np.ones(12, np.int64)
     lengths[NEW_IDS] = [3, 2]
-    pieces = cut_by_old_tokens(encoded(0, 10, 11, 7, 10, 8), lengths, limit=6, bos=0)
+    pieces = list(cut_by_old_tokens([encoded(0, 10, 11, 7, 10, 8)], lengths, limit=6, bos=0))
     assert [p.ids.tolist() for p in pieces] == [[0, 10, 11], [0, 7, 10, 8]]
     assert [p.learnt.tolist() for p in pieces] == [[False, True, True], [False, True, True, True]]
     assert all(lengths[p.ids].sum() <= 6 for p in pieces)

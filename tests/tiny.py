@@ -18,6 +18,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from lingraft.miniature.sets import records
@@ -49,6 +55,7 @@ STAGE_SETTINGS = StageSettings(
     output_rows="none",
     layers="none",
     lora=None,
+    quantise="none",
     learning_rate=1e-2,
     embedding_learning_rate=None,
     rows_per_step=4,
@@ -100,6 +107,21 @@ def llama(tied: bool = True) -> Any:
     return LlamaForCausalLM(LlamaConfig(**_TEXT, tie_word_embeddings=tied))
 
 
+def qwen2(tied: bool = True) -> Any:
+    """With biases on the queries, keys and values."""
+    return Qwen2ForCausalLM(Qwen2Config(**_TEXT, tie_word_embeddings=tied))
+
+
+def qwen3(tied: bool = True) -> Any:
+    return Qwen3ForCausalLM(Qwen3Config(**_TEXT, tie_word_embeddings=tied))
+
+
+def qwen3_moe() -> Any:
+    """With experts, which are stored one by one and joined when transformers loads them."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_TEXT, **experts))
+
+
 def gemma3n(tied: bool = True) -> Any:
     """The text model; every unused slot lies in the per-layer table, which ends before the last ids."""
     layers = 4
@@ -116,7 +138,14 @@ def gemma3n(tied: bool = True) -> Any:
     return Gemma3nForCausalLM(config)
 
 
-FAMILIES = {"gemma3": gemma3, "gemma3-multimodal": gemma3_multimodal, "llama": llama, "gemma3n": gemma3n}
+FAMILIES = {
+    "gemma3": gemma3,
+    "gemma3-multimodal": gemma3_multimodal,
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma3n": gemma3n,
+}
 
 
 @cache

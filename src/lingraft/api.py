@@ -54,24 +54,41 @@ def run(
     Raises:
         GateFailed: a stage cost more than its gate allows. LingraftError: anything else a user can mend.
     """
-    from lingraft.pipeline import default_run_folder, run_recipe
+    from lingraft.layout import default_run_folder
+    from lingraft.pipeline import run_recipe
 
     loaded = load_recipe(recipe, overrides)
     folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)
     return run_recipe(loaded, folder, command)
 
 
-def plan(recipe: str | Path, run_dir: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What a run would do: every step with its state, and what each stage trains, before any work.
+def plan(
+    recipe: str | Path,
+    run_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    shape: str | None = None,
+    device: str | None = None,
+    memory_gb: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """What a run would do: every step with its state, what each stage trains and what it takes, before any work.
 
+    Args:
+        shape: a known model's shape in place of the base's own, such as `gemma-3-4b`.
+        device: whose speed to count with, such as `a6000`; by default this machine's.
+        memory_gb: sizes of cards to judge by.
     Returns:
         Plain data, the same as `lingraft plan --json` prints.
+    Raises:
+        LingraftError: the recipe or an input is wrong, or no shape or device has that name.
     """
-    from lingraft.pipeline import default_run_folder
+    from lingraft.forecast import CARDS_GB
+    from lingraft.layout import default_run_folder
     from lingraft.planning import describe
 
     loaded = load_recipe(recipe, overrides)
-    return describe(loaded, Path(run_dir).absolute() if run_dir else default_run_folder(loaded))
+    folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)
+    return describe(loaded, folder, shape_name=shape, device=device, memory_gb=memory_gb or CARDS_GB)
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:
@@ -102,7 +119,8 @@ def compare_embeddings(
     Raises:
         LingraftError: the recipe or an input is wrong.
     """
-    from lingraft.pipeline import compare_embeddings, default_run_folder
+    from lingraft.layout import default_run_folder
+    from lingraft.pipeline import compare_embeddings
 
     loaded = load_recipe(recipe, overrides)
     folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)

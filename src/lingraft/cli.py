@@ -92,6 +92,10 @@ SetOption = Annotated[
     ),
 ]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="The run's folder (default: runs/NAME).")]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option("--shape", metavar="NAME", help="A known model's shape in place of the base's, such as gemma-3-4b."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TextOption = Annotated[
     list[str],
@@ -115,14 +119,25 @@ def run(recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = 
     typer.echo(f"report  {result.report}")
 
 
-@app.command()
+@app.command(cls=_Lists)
 def plan(
-    recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    shape: ShapeOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="Whose speed to count with, for example a6000 (default: this machine's).")
+    ] = None,
+    memory: Annotated[
+        list[float] | None, typer.Option(metavar="GB…", help="Cards to judge by (default: 16 24 48 80).")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what a run would do and what each stage trains, before any work."""
+    """Show what a run would do, what each stage trains, and its memory, time and disk, before any work."""
     from lingraft import api
 
-    data = api.plan(recipe, run_dir, set_ or [])
+    with _progress_aside(as_json):
+        data = api.plan(recipe, run_dir, set_ or [], shape=shape, device=device, memory_gb=memory)
     typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.plan(data))
 
 

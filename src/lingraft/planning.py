@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lingraft.pipeline import Plan, make_plan, open_run, publish_results, scoreboard, stage_entries
-from lingraft.recipe import Recipe, Stage
+from lingraft.forecast import CARDS_GB, disk_gb, forecast, rates
+from lingraft.layout import Step, make_plan, open_run
+from lingraft.recipe import Recipe
+from lingraft.results import publish_results, scoreboard
 from lingraft.steps.economics import economics, published
-from lingraft.steps.shape import Shape, shape_if_known
-
-BYTES = {"fp32": 4, "bf16": 2}
-ADAM_BYTES = 16  # float32 value, gradient and two moments for each value that trains
+from lingraft.steps.shape import shape_if_known
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -19,22 +19,42 @@ def check_inputs(recipe: Recipe) -> None:
     make_plan(recipe, Path("runs").absolute() / recipe.name, download=False)
 
 
-def describe(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """The plan as plain data: steps with their states, and per stage what trains and what it needs at least."""
+def describe(
+    recipe: Recipe,
+    run: Path,
+    *,
+    shape_name: str | None = None,
+    device: str | None = None,
+    memory_gb: Sequence[float] = CARDS_GB,
+) -> dict[str, Any]:
+    """The plan as plain data: steps with their states, and per stage what trains and what it takes.
+
+    Args:
+        shape_name: a named shape in place of the base's configuration; device: whose rates to count with (`rates`);
+        memory_gb: sizes of cards to judge by.
+    Raises:
+        LingraftError: no such shape or device, or an input is missing.
+    """
     plan = make_plan(recipe, run, download=False)
-    shape, unknown = shape_if_known(plan)
+    shape, unknown = shape_if_known(plan, shape_name)
     tokens = economics(plan, shape)
     added = _added_rows(recipe, tokens)
-    size = shape.as_dict(added) if shape else {"unknown": unknown}
-    return {
+    stages = [_stage(recipe, step) for step in plan.training_steps]
+    described: dict[str, Any] = {
         "name": recipe.name,
         "run": str(run),
-        "base": {"model": plan.base.label, **size},
+        "base": {"model": plan.base.label, **(shape.as_dict(added) if shape else {"unknown": unknown})},
         "tokens": tokens,
         "steps": [{"step": s.name, "title": s.title, "state": plan.state(s)} for s in plan.steps],
-        "stages": [_stage(plan, s.stage, s.name, shape, added) for s in stage_entries(plan.steps) if s.stage],
+        "stages": stages,
         "notes": plan.collapsed,
     }
+    if shape is not None:
+        at = rates(device)
+        for stage, step in zip(stages, plan.training_steps, strict=True):
+            stage |= forecast(plan, step, shape, added, tokens, at, memory_gb)
+        described["disk_gb"] = disk_gb(stages, grafts=recipe.tokenizer is not None)
+    return described
 
 
 def _added_rows(recipe: Recipe, tokens: dict[str, Any] | None) -> int:
@@ -44,11 +64,12 @@ def _added_rows(recipe: Recipe, tokens: dict[str, Any] | None) -> int:
     return recipe.tokenizer.new_tokens if recipe.tokenizer and recipe.tokenizer.slots == "append" else 0
 
 
-def _stage(plan: Plan, stage: Stage, step: str, shape: Shape | None, added_rows: int) -> dict[str, Any]:
-    """One stage's line of the plan."""
-    recipe = plan.recipe
-    described: dict[str, Any] = {
-        "step": step,
+def _stage(recipe: Recipe, step: Step) -> dict[str, Any]:
+    """What a stage is to do."""
+    stage = step.stage
+    assert stage is not None
+    return {
+        "step": step.name,
         "name": stage.name,
         "train": stage.train.model_dump(),
         "learning_rate": stage.learning_rate,
@@ -57,25 +78,6 @@ def _stage(plan: Plan, stage: Stage, step: str, shape: Shape | None, added_rows:
         "data": recipe.stage_data(stage),
         "rows_per_step": stage.batch_size * stage.gradient_accumulation_steps,
     }
-    if shape is not None:
-        new = recipe.tokenizer.new_tokens if recipe.tokenizer else 0
-        rows = {"none": 0, "new": new, "all": shape.rows + added_rows}
-        sides = (stage.train.input_rows, stage.train.output_rows)
-        trained_rows = max(rows[s] for s in sides) if shape.tied else sum(rows[s] for s in sides)
-        trainable = trained_rows * shape.width
-        if stage.train.layers == "all":
-            trainable += shape.body
-        elif stage.lora:
-            trainable += shape.lora(stage)
-        quantised = stage.lora is not None and stage.lora.quantise == "nf4"
-        weights = float(shape.parameters(added_rows) * BYTES[stage.precision])
-        if quantised:
-            weights -= shape.body * (BYTES[stage.precision] - 0.53)  # 4 bits and the double-quantised constants
-        described |= {
-            "trainable": trainable,
-            "minimum_memory_gb": round((weights + trainable * ADAM_BYTES) / 1e9, 3),
-        }
-    return described
 
 
 def run_status(run: Path) -> dict[str, Any]:

@@ -277,6 +277,7 @@ class Settings(Strict):
     micro_batch: Literal["auto"] | Count = "auto"
     packing: bool = True
     precision: Literal["fp32", "bf16"] = "bf16"
+    quantise: Literal["none", "nf4"] = "none"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     warmup: Share = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -306,7 +307,14 @@ class Stage(Settings):
             raise ValueError("train.layers: lora and a lora section belong together; give both or neither")
         if self.epochs is not None and self.tokens is not None:
             raise ValueError("give epochs or tokens, not both")
+        if self.train.layers == "all" and self.quantised != "none":
+            raise ValueError("quantise holds frozen layers in 4 bits, and train.layers: all trains them; give one")
         return self
+
+    @property
+    def quantised(self) -> str:
+        """How the frozen linear layers are held: by the stage's own key, or by the one under `lora`."""
+        return self.lora.quantise if self.lora and self.lora.quantise != "none" else self.quantise
 
 
 class Generation(Strict):

@@ -31,25 +31,96 @@ def before_after(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def plan(data: dict[str, Any]) -> str:
-    """What `lingraft plan` shows: the base, every step with its state, every stage with what it trains."""
+    """What `lingraft plan` shows: the base, every step with its state, every stage with what it trains and takes."""
     base = data["base"]
     size = f"size unknown ({base.get('unknown')})"
     if "parameters" in base:
         tied = "tied" if base["tied"] else "untied"
         size = f"{base['parameters']:,} parameters with the graft, {base['rows']:,} rows, {tied}"
     steps = [(step["state"], step["step"]) for step in data["steps"]]
-    stages = [("", "stage", "trains", "lr", "length", "values that train", "memory at least")]
+    stages = [("", "stage", "trains", "lr", "length")]
     for number, stage in enumerate(data["stages"], 1):
         chosen = {which.replace("_", " "): rows for which, rows in stage["train"].items() if rows != "none"}
         trains = ", ".join(f"{which} {rows}" for which, rows in chosen.items())
         length = f"{stage['tokens']:,} tokens" if stage["tokens"] else f"{stage['epochs']:g} epoch(s)"
-        values, memory = "–", "–"
-        if "trainable" in stage:
-            values, memory = f"{stage['trainable']:,}", f"{stage['minimum_memory_gb']:.2f} GB"
-        stages.append((str(number), stage["name"], trains, f"{stage['learning_rate']:g}", length, values, memory))
+        stages.append((str(number), stage["name"], trains, f"{stage['learning_rate']:g}", length))
     head = [f"{data['name']} → {data['run']}", f"base {base['model']}: {size}", *data["notes"]]
+    head += [f"  {base['assumed']}"] if "assumed" in base else []
+    forecast = ["", _forecast(data)] if "disk_gb" in data else []
     economics = ["", tokens(data["tokens"])] if data["tokens"] else []
-    return "\n".join([*head, "", table(steps, "  "), "", table(stages, "  "), *economics])
+    return "\n".join([*head, "", table(steps, "  "), "", table(stages, "  "), *forecast, *economics])
+
+
+_MEMORY_PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "loss", "peak")
+# Changes of a recipe as they are named in the table of cards, and below it.
+_CHANGES = {
+    "micro_batch": "one row",
+    "gradient_checkpointing": "checkpointing",
+    "optimizer": "8-bit Adam",
+    "quantise": "NF4",
+    "sequence_length": "rows of {}",
+}
+
+
+def _forecast(data: dict[str, Any]) -> str:
+    """Memory by part, time and disk of each stage, and what makes it fit a card."""
+    stages = data["stages"]
+    memory: list[Row] = [("", "values that train", *_MEMORY_PARTS)]
+    memory += [
+        (s["name"], f"{s['trainable']:,}", *(f"{s['memory_gb'][part]:.2f}" for part in _MEMORY_PARTS)) for s in stages
+    ]
+    times: list[Row] = [("", "tokens/s", "tokens", "hours", "model", "checkpoints")]
+    for s in stages:
+        known = s["expected_tokens"] is not None
+        times.append(
+            (
+                s["name"],
+                f"{s['tokens_per_second']:,.0f}",
+                f"{s['expected_tokens']:,}" if known else "–",
+                f"{s['seconds'] / 3600:,.1f}" if known else "–",
+                *(f"{s['disk_gb'][part]:.1f} GB" for part in ("model", "checkpoints")),
+            )
+        )
+    cards: list[Row] = [("", *(f"{size} GB card" for size in stages[0]["cards"]), "at least")]
+    cards += [(s["name"], *(_verdict(way) for way in s["cards"].values()), _least(s["least"])) for s in stages]
+    used = {key: value for s in stages for way in (*s["cards"].values(), s["least"]) for key, value in _changed(way)}
+    legend = "; ".join(f"{_CHANGES[key].format('…')} is {key}: {_yaml(key, value)}" for key, value in used.items())
+    unknown = {s["expected_from"] for s in stages if s["expected_tokens"] is None}
+    lines = [
+        "memory of training, GB, one row at a time where micro_batch is auto (images' towers are not loaded)",
+        table(memory, "  "),
+        "",
+        *(f"time at {assumed}" for assumed in dict.fromkeys(s["assumed"] for s in stages)),
+        *(f"  tokens: {reason}" for reason in unknown),
+        table(times, "  "),
+        f"  disk at most {data['disk_gb']:,.1f} GB, beside the base and the corpus",
+        "",
+        "fits, or fits with these changes of the recipe (× time)",
+        table(cards, "  "),
+    ]
+    return "\n".join([*lines, f"  {legend}"] if legend else lines)
+
+
+def _verdict(way: dict[str, Any] | None) -> str:
+    if way is None:
+        return "no"
+    if not way["changes"]:
+        return "yes"
+    names = " + ".join(_CHANGES[key].format(value) for key, value in way["changes"].items())
+    return f"{names} ×{way['times']:.2f}"
+
+
+def _least(way: dict[str, Any]) -> str:
+    changed = "" if not way["changes"] else f": {_verdict(way)}"
+    return f"{way['peak_gb']:.1f} GB{changed}"
+
+
+def _changed(way: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    return list(way["changes"].items()) if way else []
+
+
+def _yaml(key: str, value: Any) -> str:
+    return "…" if key == "sequence_length" else str(value).lower()
 
 
 def tokens(data: dict[str, Any]) -> str:

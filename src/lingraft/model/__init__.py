@@ -1,4 +1,4 @@
-"""Checkpoints and the parts of a model that train: load, save, surgery, row-wise matrices, LoRA, fingerprints."""
+"""Checkpoints and the parts of a model that train: load, save, surgery, row-wise matrices, LoRA, merge."""
 
 import logging
 

@@ -27,6 +27,11 @@ transformers_logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Modules of a base model that text never passes, as Gemma 3 and its like call them.
+IMAGE_PARTS = ("vision_tower", "multi_modal_projector")
+
+NF4_BLOCK = 64  # weights that share a scale
+
 # What belongs to a checkpoint beside weights and config, copied along unchanged.
 PROCESSOR_FILES = (
     "generation_config.json",
@@ -135,31 +140,28 @@ def load(
     folder: Path,
     dtype: torch.dtype | None = None,
     quantise: str = "none",
+    vision: bool = True,
 ) -> PreTrainedModel:
     """The model of a checkpoint folder, in its own architecture (text or multimodal), in evaluation mode.
+
+    On the CPU, weights that keep their stored dtype are memory-mapped: only those that are used take memory.
 
     Args:
         dtype: of the weights in memory; by default the one they are stored in.
         quantise: `nf4` holds the linear layers in 4-bit NormalFloat with double quantisation (QLoRA,
             arXiv 2305.14314) through bitsandbytes.
+        vision: False leaves out what only images need. Such a model reads text as the whole one does, and can't be
+            saved as a whole one.
     Raises:
         ModelError: damaged or ill-fitting weights.
     """
-    import transformers
-
-    config = read_config(folder)
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ModelError(
-            f"{folder}/config.json: the architecture {name!r} is not one of transformers; models that bring their own "
-            "code are not supported"
-        )
+    loader: Any = _architecture(read_config(folder), folder)
+    if not vision:
+        loader = _without_vision(loader)
     extra: dict[str, Any] = {}
     if quantise == "nf4":
-        extra["quantization_config"] = _nf4(dtype or torch.bfloat16)
+        extra["quantization_config"] = _nf4(folder, dtype or torch.bfloat16)
     try:
-        loader: Any = kind
         model, info = loader.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -182,23 +184,72 @@ def load(
     return model.eval()
 
 
-def _nf4(compute: torch.dtype) -> Any:
+def blank(folder: Path) -> PreTrainedModel:
+    """The checkpoint's architecture without weights (on the meta device): names and shapes.
+
+    Raises:
+        ModelError: no architecture of transformers.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        return _architecture(config, folder)(config)
+
+
+def _architecture(config: Any, folder: Path) -> type[PreTrainedModel]:
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ModelError(
+            f"{folder}/config.json: the architecture {name!r} is not one of transformers; models that bring their own "
+            "code are not supported"
+        )
+    return kind
+
+
+def _without_vision(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same architecture, which drops its image parts before they get weights.
+
+    It keeps name and module, by which transformers looks up how stored tensors are renamed.
+    """
+
+    def init(self: Any, config: Any, **settings: Any) -> None:
+        kind.__init__(self, config, **settings)
+        for name in IMAGE_PARTS:
+            if hasattr(self.base_model, name):
+                delattr(self.base_model, name)
+
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+
+
+def _nf4(folder: Path, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            "lora.quantise: nf4 needs bitsandbytes; install lingraft[quantise], or set lora.quantise: none"
+            "quantise: nf4 needs bitsandbytes; install lingraft[quantise], or set quantise: none"
         ) from error
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        # our row-wise modules hold the matrices of the vocabulary; images keep full precision
-        llm_int8_skip_modules=["lm_head", "embed_tokens", "vision_tower", "multi_modal_projector"],
+        llm_int8_skip_modules=[f"{re.escape(name)}$" for name in _unquantised(blank(folder))],
     )
+
+
+def _unquantised(model: PreTrainedModel) -> Iterator[str]:
+    """Linear modules that keep their precision: those of images, the head, whose rows may train, and the smallest.
+
+    A weight of one block gains nothing from 4 bits, and Gemma 3n's AltUp reads such weights itself.
+    """
+    inside = {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (id(module) not in inside or module.weight.numel() <= NF4_BLOCK):
+            yield name
 
 
 def save(model: PreTrainedModel, folder: Path, companions: Path) -> None:
@@ -245,6 +296,13 @@ def output_matrix(model: PreTrainedModel) -> nn.Parameter:
     """The (V, D) output matrix; the same object as the input matrix where they are tied."""
     head: Any = model.get_output_embeddings()
     return head.weight
+
+
+def body_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The language model's own parameters beside the vocabulary's matrices: layers and norms, no vision tower."""
+    matrices = {id(input_matrix(model)), id(output_matrix(model))}
+    inside = {id(p) for p in model.get_decoder().parameters()}
+    return {n: p for n, p in model.named_parameters() if id(p) in inside and id(p) not in matrices}
 
 
 def _first(error: BaseException) -> str:

@@ -1,7 +1,6 @@
-"""Low-rank adapters through peft, on the language model's projections only, and their merge.
+"""Low-rank adapters through peft, on the language model's projections only (arXiv 2106.09685).
 
-The merge adds each adapter's delta to the *unquantised* weights of the checkpoint the stage started from, so a
-stage trained over 4-bit weights still ends in an ordinary full-precision checkpoint (arXiv 2106.09685, 2305.14314).
+Over 4-bit weights too (QLoRA, arXiv 2305.14314). `lingraft.model.changes` merges them into the stored weights.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lingraft.errors import ModelError
+from lingraft.model.changes import Adapter
 
 
 def add_lora(
@@ -72,23 +71,10 @@ def lora_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def take_off(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Remove the adapters from the model, in place, and return what they added.
-
-    Returns: full module name → (out, in) float32 matrix, scaled by α/r (α/√r when rank-stabilised).
-    """
-    added: dict[str, Tensor] = {}
+def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
+    """The model's adapters, by the names of the modules that they were added to; the tensors are the live ones."""
     wrapped: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    for name, layer in wrapped:
-        added[name] = layer.get_delta_weight("default").detach().float().cpu()
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer.base_layer)
-    return added
-
-
-def merge(model: PreTrainedModel, added: dict[str, Tensor]) -> None:
-    """Add the deltas to the plain linear modules of a model, in float32, then round to its own precision."""
-    with torch.no_grad():
-        for name, delta in added.items():
-            weight: Any = model.get_submodule(name).weight
-            weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
+    return {
+        name: Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in wrapped
+    }

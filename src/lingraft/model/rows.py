@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -20,13 +21,13 @@ from transformers import PreTrainedModel
 class TrainableRows(nn.Module):
     """The rows of a matrix that train, as one float32 parameter of shape (N, D).
 
-    `ids` (N,) names the rows; None means the whole matrix.
+    `ids` (N,) names the rows; None means the whole matrix, which the parameter then replaces: it is not held twice.
     """
 
     def __init__(self, matrix_VD: Tensor, ids: Tensor | None) -> None:
         super().__init__()
         chosen = matrix_VD if ids is None else matrix_VD[ids]
-        self.values = nn.Parameter(chosen.detach().to(torch.float32).clone())
+        self.values = nn.Parameter(chosen.detach().to(torch.float32, copy=True))
         self.ids: Tensor | None
         self.place: Tensor | None
         if ids is None:
@@ -37,36 +38,61 @@ class TrainableRows(nn.Module):
             self.register_buffer("ids", ids, persistent=False)
             self.register_buffer("place", place, persistent=False)
 
-    def write_to(self, matrix_VD: Tensor) -> None:
-        """Write the trained rows back into the matrix, in its own precision."""
-        with torch.no_grad():
-            if self.ids is None:
-                matrix_VD.copy_(self.values)
-            else:
-                matrix_VD[self.ids] = self.values.to(matrix_VD.dtype)
+    def forward(self) -> Tensor:
+        """The values. A module's call, so that sharded ones are gathered first."""
+        return self.values
+
+
+def pop_gradient(parameter: Tensor) -> Tensor:
+    """Take a parameter's gradient away from it, zeros where it has none yet.
+
+    To add to it in place and to give it back as this backward pass's result: autograd then keeps it as it is. Left
+    in its place, a step of several micro-batches would hold every gradient twice.
+    """
+    gradient, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+class _Lookup(Function):
+    """values_ND[places_T] with a gradient that is added in place, in an order that does not change between runs."""
+
+    @staticmethod
+    def forward(ctx: Any, values_ND: Tensor, places_T: Tensor) -> Tensor:
+        ctx.values, ctx.places = values_ND, places_T
+        return values_ND[places_T]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> Any:  # type: ignore[override]
+        # every place once: adding to rows in parallel would otherwise round differently each time
+        places_U, which_T = ctx.places.unique(return_inverse=True)
+        rows_UD = torch.ops.aten.embedding_dense_backward(gradient_TD, which_T, len(places_U), -1, False)
+        whole_ND = pop_gradient(ctx.values)
+        whole_ND[places_U] += rows_UD
+        return whole_ND, None
 
 
 class RowwiseEmbedding(nn.Module):
     """An input embedding of which only `rows` train. Keeps the original module's scale (Gemma: √D)."""
 
-    def __init__(self, original: Any, rows: TrainableRows) -> None:
+    def __init__(self, original: Any, rows: TrainableRows, dtype: torch.dtype) -> None:
         super().__init__()
         self.original: Any = original
         self.rows = rows
+        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:
-        return self.original.weight
+        return self.rows.values if self.rows.ids is None else self.original.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        frozen_VD = self.original.weight
+        values_ND = self.rows()
         if self.rows.place is None:
-            embedded_BTD = F.embedding(ids_BT, self.rows.values).to(frozen_VD.dtype)
+            embedded_BTD = _Lookup.apply(values_ND, ids_BT.flatten()).view(*ids_BT.shape, -1).to(self.dtype)
         else:
             place_BT = self.rows.place[ids_BT]
-            trained_BTD = F.embedding(place_BT.clamp(min=0), self.rows.values)
-            embedded_BTD = torch.where(
-                (place_BT >= 0).unsqueeze(-1), trained_BTD.to(frozen_VD.dtype), F.embedding(ids_BT, frozen_VD)
+            trained_BT = place_BT >= 0
+            embedded_BTD = F.embedding(ids_BT, self.original.weight).index_put(
+                trained_BT.nonzero(as_tuple=True), _Lookup.apply(values_ND, place_BT[trained_BT]).to(self.dtype)
             )
         scale = getattr(self.original, "embed_scale", None)
         return embedded_BTD if scale is None else embedded_BTD * scale.to(embedded_BTD.dtype)
@@ -82,10 +108,10 @@ class RowwiseHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.original.weight
+        return self.rows.values if self.rows.ids is None else self.original.weight
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        values_ND = self.rows.values.to(hidden_BTD.dtype)
+        values_ND = self.rows().to(hidden_BTD.dtype)
         if self.rows.ids is None:
             return F.linear(hidden_BTD, values_ND)
         frozen_BTV = F.linear(hidden_BTD, self.original.weight.to(hidden_BTD.dtype))
@@ -103,24 +129,31 @@ class VocabularyTraining:
     """
 
     def __init__(self, model: PreTrainedModel, input_rows: str, output_rows: str, new_ids: list[int]) -> None:
-        self.model = model
-        self.embedding: Any = model.get_input_embeddings()
+        embedding: Any = model.get_input_embeddings()
+        self.model, self.embedding = model, embedding
         self.head: Any = model.get_output_embeddings()
         self.tied = self.embedding.weight is self.head.weight
         if self.tied:
             input_rows = output_rows = wider(input_rows, output_rows)
-        matrix_VD: Any = self.embedding.weight
-        new = torch.tensor(new_ids, dtype=torch.long, device=matrix_VD.device)
-        self.input = self._rows(matrix_VD, input_rows, new)
-        self.output = self.input if self.tied else self._rows(self.head.weight, output_rows, new)
+        self.dtype: torch.dtype = embedding.weight.dtype
+        self.new_ids = new_ids
+        self.input = self._rows(self.embedding, input_rows)
+        self.output = self.input if self.tied else self._rows(self.head, output_rows)
         if self.input is not None:
-            model.set_input_embeddings(RowwiseEmbedding(self.embedding, self.input))
+            model.set_input_embeddings(RowwiseEmbedding(self.embedding, self.input, self.dtype))
         if self.output is not None:
             model.set_output_embeddings(RowwiseHead(self.head, self.output))
 
-    @staticmethod
-    def _rows(matrix_VD: Tensor, which: str, new: Tensor) -> TrainableRows | None:
-        return None if which == "none" else TrainableRows(matrix_VD, None if which == "all" else new)
+    def _rows(self, module: Any, which: str) -> TrainableRows | None:
+        if which == "none":
+            return None
+        if which == "new":
+            new = torch.tensor(self.new_ids, dtype=torch.long, device=module.weight.device)
+            return TrainableRows(module.weight, new)
+        rows = TrainableRows(module.weight, None)
+        for holder in (self.embedding, self.head) if self.tied else (module,):
+            holder.weight = None
+        return rows
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name: `input_rows` and `output_rows`, or `rows` where tied."""
@@ -129,12 +162,25 @@ class VocabularyTraining:
         named = {"input_rows": self.input, "output_rows": self.output}
         return {name: rows.values for name, rows in named.items() if rows is not None}
 
+    @torch.no_grad()
     def restore(self) -> None:
-        """Give the model its plain modules again. The trained rows stay in `input` and `output`."""
+        """Give the model its plain modules again, with the trained rows in them, in the matrix's own precision."""
         if self.input is not None:
             self.model.set_input_embeddings(self.embedding)
+            self._write(self.input, self.embedding)
         if self.output is not None:
             self.model.set_output_embeddings(self.head)
+            if self.tied:
+                self.head.weight = self.embedding.weight
+            else:
+                self._write(self.output, self.head)
+
+    def _write(self, rows: TrainableRows, module: Any) -> None:
+        values_ND = rows.values.detach().to(self.dtype)
+        if rows.ids is None:
+            module.weight = nn.Parameter(values_ND, requires_grad=False)
+        else:
+            module.weight[rows.ids] = values_ND
 
 
 def wider(one: str, other: str) -> str:

@@ -1,11 +1,8 @@
 """Write a checkpoint with a grafted vocabulary, from safetensors shards to safetensors shards.
 
-No tensor is ever whole in memory: bytes are copied in blocks, then the rows of the new tokens are written over their
-places. What is not the vocabulary's is never decoded, so it stays bit-identical whatever its dtype, and `altered`
-proves it by reading both checkpoints again. Tensors keep the names that the source gives them, legacy or new.
-
-Safetensors format: an unsigned little-endian 64-bit header length, a JSON header, then the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). The library's own writer wants whole tensors, hence this one.
+Bytes are copied in blocks (`lingraft.model.shards`), the rows of the new tokens put in their places. What is not the
+vocabulary's is never decoded, so it stays bit-identical whatever its dtype, and `altered` proves it by reading both
+checkpoints again. Tensors keep the names that the source gives them, legacy or new.
 
 Shapes: V rows of the base, N new tokens, D width, L layers, P width of a layer's share of the per-layer table.
 """
@@ -14,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +24,26 @@ from torch import Tensor
 from lingraft.errors import ModelError
 from lingraft.families import family
 from lingraft.model.load import is_tied, read_config, weight_files
-from lingraft.progress import Tick, bar
+from lingraft.model.shards import (
+    BLOCK_BYTES,
+    FLOATS,
+    MEGABYTE,
+    Change,
+    Piece,
+    Stored,
+    differing_rows,
+    read_header,
+    write_shards,
+)
+from lingraft.progress import bar
 
 # Rows are padded to a multiple of this, for tensor cores.
 ROWS_MULTIPLE = 64
-SHARD_BYTES = 1_000_000_000
-BLOCK_BYTES = 1 << 24
-MEGABYTE = 1e6
 
 # What model classes call the matrices, after the last dot but one.
 INPUT = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 OUTPUT = ("lm_head.weight", "embed_out.weight")
 PER_LAYER = ("embed_tokens_per_layer.weight",)
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,21 +57,6 @@ class VocabularyRows:
     input: Tensor
     output: Tensor | None = None
     per_layer: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in a safetensors file: `start` is its first byte in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    bytes: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.bytes // max(self.shape[0], 1)
 
 
 @dataclass(frozen=True)
@@ -86,24 +75,6 @@ class Checkpoint:
             return opened.get_tensor(name)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A tensor to write: the source's bytes, grown to `rows` rows where given, `new` rows over those at `ids`."""
-
-    source: Stored
-    rows: int | None = None
-    ids: Sequence[int] = ()
-    new: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape if self.rows is None else (self.rows, *self.source.shape[1:])
-
-    @property
-    def bytes(self) -> int:
-        return self.source.bytes if self.rows is None else self.rows * self.source.row_bytes
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Find a checkpoint's tensors.
 
@@ -112,7 +83,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     tensors: dict[str, Stored] = {}
     for file in weight_files(folder):
-        tensors |= _read_header(file)
+        tensors |= read_header(file)
     input_, output, per_layer = (_named(tensors, names, folder) for names in (INPUT, OUTPUT, PER_LAYER))
     if input_ is None:
         raise ModelError(
@@ -151,7 +122,7 @@ def write_grafted(source: Path, out: Path, ids: Sequence[int], new: VocabularyRo
     assert checkpoint.tied or new.output is not None, "an untied model's head needs rows of its own"
     config = json.loads((source / "config.json").read_text("utf-8"))
     rows = _rows_for(checkpoint, ids, config["model_type"], source)
-    pieces = {name: _Piece(stored) for name, stored in checkpoint.tensors.items()}
+    pieces = {name: Piece(stored) for name, stored in checkpoint.tensors.items()}
     pieces[checkpoint.input] = _grown(checkpoint, checkpoint.input, rows, ids, new.input)
     untied = checkpoint.tied and new.output is not None
     head = checkpoint.output or (_head_name(checkpoint) if untied else None)
@@ -159,9 +130,9 @@ def write_grafted(source: Path, out: Path, ids: Sequence[int], new: VocabularyRo
         copied = checkpoint.output or checkpoint.input
         pieces[head] = _grown(checkpoint, copied, rows, ids, new.input if new.output is None else new.output)
     if checkpoint.per_layer and new.per_layer is not None:
-        pieces[checkpoint.per_layer] = _Piece(checkpoint.tensors[checkpoint.per_layer], None, ids, new.per_layer)
+        pieces[checkpoint.per_layer] = Piece(checkpoint.tensors[checkpoint.per_layer], rows_at(ids, new.per_layer))
     out.mkdir(parents=True, exist_ok=True)
-    _write_shards(out, pieces)
+    write_shards(out, pieces)
     patched = patch_config(config, rows, untied)
     (out / "config.json").write_text(json.dumps(patched, ensure_ascii=False, indent=2) + "\n", "utf-8")
     return rows
@@ -204,25 +175,16 @@ def altered(source: Path, out: Path, ids: Sequence[int]) -> list[str]:
         expected[head] = before.tensors[before.input]
         with_rows.add(head)
     found = sorted(expected.keys() ^ after.tensors.keys())
-    megabytes = sum(stored.bytes for stored in expected.values()) / MEGABYTE
+    megabytes = sum(stored.nbytes for stored in expected.values()) / MEGABYTE
     with bar("proving the rest unchanged", total=megabytes, unit="MB") as tick:
         for name, old in expected.items():
             if name in after.tensors:
-                free = np.asarray(ids) if name in with_rows else np.empty(0, int)
-                if not _same(old, after.tensors[name], free, name in with_rows, tick):
+                new = after.tensors[name]
+                free = ids if name in with_rows else ()
+                differing = differing_rows(old, new, tick)
+                grown = new.shape != old.shape and name not in with_rows
+                if differing is None or grown or not np.isin(differing, free).all():
                     found.append(name)
-    return found
-
-
-def _read_header(file: Path) -> dict[str, Stored]:
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     return found
 
 
@@ -247,7 +209,8 @@ def _check_matrices(checkpoint: Checkpoint, folder: Path) -> None:
         )
     if checkpoint.output and checkpoint.tied:
         first, second = checkpoint.tensors[checkpoint.input], checkpoint.tensors[checkpoint.output]
-        if not _same(first, second, np.empty(0, int), False, lambda n=1, **fields: None):
+        differing = differing_rows(first, second, lambda n=1, **fields: None)
+        if differing is None or len(differing) or first.shape != second.shape:
             raise ModelError(
                 f"{folder}: config.json says tied, but {checkpoint.output} differs from {checkpoint.input}; set "
                 "tie_word_embeddings to false if the head was trained, or delete it from the weights"
@@ -269,99 +232,31 @@ def _head_name(checkpoint: Checkpoint) -> str:
     return f"language_model.{OUTPUT[0]}" if checkpoint.input.startswith("language_model.") else OUTPUT[0]
 
 
-def _grown(checkpoint: Checkpoint, name: str, rows: int, ids: Sequence[int], new: Tensor) -> _Piece:
+def _grown(checkpoint: Checkpoint, name: str, rows: int, ids: Sequence[int], new: Tensor) -> Piece:
     stored = checkpoint.tensors[name]
     pads = sorted(set(range(stored.shape[0], rows)) - set(ids))
     if pads:
         mean = _mean_row(checkpoint.tensor(name))
         new = torch.cat([new, mean.expand(len(pads), -1)])
-    return _Piece(stored, rows, [*ids, *pads], new)
+    return Piece(stored, rows_at([*ids, *pads], new), rows)
+
+
+def rows_at(ids: Sequence[int], new: Tensor) -> Change:
+    """Puts the `new` rows (N, ·) at `ids`, rounded to the stored dtype; the other rows stay bit for bit."""
+    sorted_N, order_N = torch.tensor(ids).sort()
+
+    def change(first: int, block: Tensor) -> Tensor:
+        begin, end = torch.searchsorted(sorted_N, torch.tensor([first, first + len(block)])).tolist()
+        block[sorted_N[begin:end] - first] = new[order_N[begin:end]].to(block.dtype)
+        return block
+
+    return change
 
 
 def _mean_row(matrix_VD: Tensor) -> Tensor:
     block_rows = max(1, BLOCK_BYTES // (matrix_VD.shape[1] * 8))
     total_D = sum(block.double().sum(dim=0) for block in matrix_VD.split(block_rows))
     return (total_D / matrix_VD.shape[0]).float()
-
-
-def _write_shards(out: Path, pieces: Mapping[str, _Piece]) -> None:
-    shards: list[dict[str, _Piece]] = [{}]
-    for name, piece in pieces.items():
-        if shards[-1] and sum(p.bytes for p in shards[-1].values()) + piece.bytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = piece
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    total = sum(piece.bytes for piece in pieces.values())
-    with bar("writing weights", total=total / MEGABYTE, unit="MB") as tick:
-        for file_name, shard in zip(names, shards, strict=True):
-            _write_shard(out / file_name, shard, tick)
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _write_shard(path: Path, shard: Mapping[str, _Piece], tick: Tick) -> None:
-    # wide elements first: every tensor then begins at a multiple of its element's size
-    ordered = sorted(shard.items(), key=lambda item: -item[1].bytes / max(math.prod(item[1].shape), 1))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, piece in ordered:
-        span = [offset, offset + piece.bytes]
-        header[name] = {"dtype": piece.source.dtype, "shape": list(piece.shape), "data_offsets": span}
-        offset = span[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, piece in ordered:
-            _write_tensor(file, piece, tick)
-
-
-def _write_tensor(file: BinaryIO, piece: _Piece, tick: Tick) -> None:
-    start = file.tell()
-    for block in _blocks(piece.source, BLOCK_BYTES):
-        file.write(block)
-        tick(len(block) / MEGABYTE)
-    if piece.new is not None:
-        width = piece.source.row_bytes
-        rows = piece.new.to(FLOATS[piece.source.dtype]).contiguous().view(torch.uint8).numpy()
-        for row, bytes_ in zip(piece.ids, rows, strict=True):
-            file.seek(start + row * width)
-            file.write(bytes_.data)
-    file.seek(start + piece.bytes)
-
-
-def _blocks(stored: Stored, block_bytes: int) -> Iterator[bytes]:
-    with open(stored.file, "rb") as file:
-        file.seek(stored.start)
-        left = stored.bytes
-        while block := file.read(min(block_bytes, left)):
-            left -= len(block)
-            yield block
-
-
-def _same(old: Stored, new: Stored, free_rows: np.ndarray, may_grow: bool, tick: Callable[..., None]) -> bool:
-    """Whether two stored tensors agree in every byte of the old one's rows but the free ones."""
-    if (old.dtype, old.shape[1:]) != (new.dtype, new.shape[1:]):
-        return False
-    if new.shape != old.shape and not (may_grow and new.shape[0] > old.shape[0]):
-        return False
-    width = old.row_bytes if old.shape else 1
-    block_bytes = max(1, BLOCK_BYTES // max(width, 1)) * max(width, 1)
-    first_row = 0
-    # a grown tensor goes on where the old one ends, so the shorter one ends the comparison
-    for one, other in zip(_blocks(old, block_bytes), _blocks(new, block_bytes), strict=False):
-        tick(len(one) / MEGABYTE)
-        if one != other[: len(one)]:
-            pair = (np.frombuffer(block, np.uint8)[: len(one)].reshape(-1, width) for block in (one, other))
-            differing = first_row + np.flatnonzero(np.not_equal(*pair).any(axis=1))
-            if not np.isin(differing, free_rows).all():
-                return False
-        first_row += len(one) // width
-    return True
 
 
 def _section(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lingraft.model.load import input_matrix, load, load_tokenizer, to_device
+from lingraft.model.load import input_matrix, load, load_tokenizer, read_config, to_device
 from lingraft.recipe import Distillation, Recipe, Stage, Trains
+from lingraft.steps.batches import encode, make_batches
 from lingraft.steps.context import Context, grafted_pieces
-from lingraft.steps.stage import encode, make_batches, stage_settings
-from lingraft.training.batches import Batches, Encoded, MicroBatch, pack, to_micro_batch
+from lingraft.steps.stage import stage_settings
+from lingraft.training.batches import Batches, MicroBatch, to_micro_batch, together
 from lingraft.training.settings import StageSettings
 from lingraft.training.stage import run_stage
 from lingraft.training.token_distillation import TokenDistillationLoss, cut_by_old_tokens, hidden_state_error
+from lingraft.training.tokens import Documents, Pieces
 
 CHECKED_TEXTS = 64  # held-out texts on which the hidden states are compared
 
@@ -52,7 +54,7 @@ class TokenDistillation:
         self._lengths_V[self.new_ids] = [len(ids) for ids in self.old_ids]
         stage = distillation_stage(context.recipe, settings)
         self._sequence_length = stage.sequence_length
-        self.settings: StageSettings = stage_settings(context.recipe, stage, 0, folder)
+        self.settings: StageSettings = stage_settings(stage, read_config(folder).model_type, stage_seed(context.recipe, 0))
         self.batches: Batches = make_batches(context, stage, self.settings, folder, self._cut)[0]
         self._held_out = self._held_out_batches(context, stage.batch_size)
 
@@ -77,20 +79,21 @@ class TokenDistillation:
             model, self.new_ids, self.old_ids, layer=layer, next_token_weight=next_token_weight
         )
 
-    def _cut(self, document: Encoded) -> list[Encoded]:
-        return cut_by_old_tokens(document, self._lengths_V, self._sequence_length, self._tokenizer.bos_token_id)
+    def _cut(self, documents: Documents) -> Pieces:
+        return cut_by_old_tokens(documents, self._lengths_V, self._sequence_length, self._tokenizer.bos_token_id)
 
     def _held_out_batches(self, context: Context, batch_size: int) -> list[MicroBatch]:
         recipe = context.recipe
-        documents = (
-            piece
-            for source in recipe.corpus.sources
-            if source.language == recipe.languages.target and source.format == "text"
-            for document in islice(encode(context.corpus, "held-out", source.name, self._tokenizer), CHECKED_TEXTS)
-            for piece in self._cut(document)
+        pieces = self._cut(
+            [
+                document
+                for source in recipe.corpus.sources
+                if source.language == recipe.languages.target and source.format == "text"
+                for document in islice(encode(context.corpus, "held-out", source.name, self._tokenizer), CHECKED_TEXTS)
+            ]
         )
-        rows = pack(list(documents), self._sequence_length)
-        return [to_micro_batch(rows[i : i + batch_size], 0) for i in range(0, len(rows), batch_size)]
+        rows = ([pieces[i]] for i in range(len(pieces)))
+        return [to_micro_batch(group, 0) for group in together(rows, batch_size * self._sequence_length)]
 
 
 def run(context: Context, settings: Distillation, source: Path, out: Path, work: Path) -> dict[str, Any]:
@@ -113,8 +116,8 @@ def run(context: Context, settings: Distillation, source: Path, out: Path, work:
         "loss": [[entry["step"], entry["loss"]] for entry in log[::every]],
         "before": before,
         "after": _loaded(out, distillation.figures),
-        "changed_tensors": result.changed,
-        "unchanged_tensors": result.unchanged,
+        "changed_tensors": result.proof.changed,
+        "unchanged_tensors": result.proof.unchanged,
     }
 
 

@@ -23,7 +23,7 @@ from lingraft.tokenizer.graft import graft
 from lingraft.tokenizer.load import load
 
 if TYPE_CHECKING:
-    from lingraft.pipeline import Plan
+    from lingraft.layout import Plan
 
 SAMPLE_CHARACTERS = 1_000_000  # of all sources together: enough for a curve, read and learnt from in seconds
 SAMPLE_HELD_OUT = 0.1  # at least, so that what is measured on is not too little

@@ -39,11 +39,12 @@ from lingraft.progress import say
 from lingraft.recipe import Distillation, Embeddings, Recipe, Stage, Trains
 from lingraft.report.comparison import write as write_page
 from lingraft.steps import embeddings
+from lingraft.steps.batches import make_batches
 from lingraft.steps.context import Context, grafted_pieces
 from lingraft.steps.distillation import TokenDistillation
 from lingraft.steps.rows import initial_rows, plain_rows
 from lingraft.steps.scores import BATCH_TOKENS
-from lingraft.steps.stage import make_batches, stage_settings
+from lingraft.steps.stage import stage_settings
 from lingraft.training.batches import Batches
 from lingraft.training.settings import StageSettings
 from lingraft.training.stage import train_rows
@@ -229,7 +230,7 @@ class _Bench:
 
     @cached_property
     def settings(self) -> StageSettings:
-        return stage_settings(self.recipe, self.stage, 0, self.start)
+        return stage_settings(self.recipe, self.stage, 0, read_config(self.start).model_type)
 
     @cached_property
     def batches(self) -> Batches:

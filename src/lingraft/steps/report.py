@@ -9,9 +9,10 @@ from lingraft.recipe_file import dump
 from lingraft.steps.context import grafted_pieces
 from lingraft.steps.economics import published
 from lingraft.steps.shape import shape_if_known
+from lingraft.version import versions
 
 if TYPE_CHECKING:
-    from lingraft.pipeline import Plan
+    from lingraft.layout import Plan
 
 EXAMPLES = 20
 
@@ -19,12 +20,11 @@ EXAMPLES = 20
 def report_data(plan: Plan, entries: list[dict[str, Any]], state: str, command: str) -> dict[str, Any]:
     """The report's data: the schema is that of `lingraft.report`."""
     from lingraft.evaluation.scoreboard import alarms
-    from lingraft.pipeline import stage_entries, versions
 
     recipe = plan.recipe
     done = {step.name: plan.manifest(step.name) for step in plan.steps if plan.state(step) == "done"}
     results = {name: manifest["results"] for name, manifest in done.items() if manifest}
-    stages = [(s, results[s.name]) for s in stage_entries(plan.steps) if s.name in results]
+    stages = [(s, results[s.name]) for s in plan.training_steps if s.name in results]
     embeddings = results.get("03-embeddings")
     base_alarms = alarms(entries[0], recipe.languages.old) if entries and entries[0]["step"] == "00-base" else []
     manifests = [m for m in done.values() if m]

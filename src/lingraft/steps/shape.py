@@ -1,85 +1,99 @@
-"""The model's dimensions that decide how much trains and what new rows cost, from its configuration alone."""
+"""The dimensions of a plan's base that decide what new rows and stages cost, from its configuration alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from lingraft.errors import ModelError
-from lingraft.families import family
-from lingraft.model.fingerprint import body_parameters
-from lingraft.model.load import input_matrix, is_tied, output_matrix, read_config
-from lingraft.model.lora import target_modules
-from lingraft.recipe import Stage
+from lingraft.families.shapes import SHAPES, shape_of_hub_name
+from lingraft.model.dimensions import Dimensions, dimensions, named_config
+from lingraft.model.load import is_tied, read_config
+from lingraft.recipe import did_you_mean
 from lingraft.steps.new_base import make_config
 from lingraft.tokenizer.economics import ModelShape
 
 if TYPE_CHECKING:
-    from lingraft.pipeline import Plan
+    from lingraft.layout import Plan
 
 
+@dataclass(frozen=True)
 class Shape:
-    """Dimensions of the plan's base; `tied` says whether its matrices are still one after the graft."""
+    """The base's configuration, and its dimensions before the graft; `dims.tied` is as after it.
 
-    def __init__(self, config: Any, tied: bool) -> None:
-        kind: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-        with torch.device("meta"):
-            model: Any = kind(config) if kind is not transformers.AutoModelForCausalLM else kind.from_config(config)
-        matrix, tied_before = input_matrix(model), output_matrix(model) is input_matrix(model)
-        self.config = config
-        self.model = model
-        self.tied = tied
-        self.rows, self.width = config.get_text_config().vocab_size, matrix.shape[1]
-        self.body = sum(p.numel() for p in body_parameters(model).values())
-        total = sum(p.numel() for p in model.parameters())
-        self.other = total - self.body - (1 if tied_before else 2) * matrix.numel()
+    assumed: why a named shape stands in for the base's own configuration, empty where none does.
+    """
+
+    config: Any
+    dims: Dimensions
+    assumed: str = ""
 
     @classmethod
-    def of(cls, plan: Plan) -> Shape:
-        """From the base's config, without loading weights.
+    def of(cls, plan: Plan, named: str | None = None) -> Shape:
+        """From the base's configuration, or from a named shape that stands in for it; no weights are read.
 
         Raises:
-            ModelError: the base can't be reached.
+            ModelError: the base can't be reached, or no shape has that name.
         """
-        return cls(base_config(plan), plan.tied)
-
-    def parameters(self, added_rows: int) -> int:
-        """Of the whole model after the graft."""
-        return self.body + self.other + (self.rows + added_rows) * self.width * (1 if self.tied else 2)
+        if named is not None:
+            return cls(*_configured(plan, _named(named)), f"the shape {named} stands in for the base")
+        try:
+            return cls(*_configured(plan, base_config(plan)))
+        except ModelError as error:
+            stand_in = shape_of_hub_name(plan.recipe.base.model or "")
+            if not plan.unreachable or stand_in is None:
+                raise
+            return cls(*_configured(plan, named_config(stand_in)), f"the shape {stand_in} stands in: {error}")
 
     def as_dict(self, added_rows: int) -> dict[str, Any]:
         """The model after the graft, as `lingraft plan` shows it."""
-        parameters, rows = self.parameters(added_rows), self.rows + added_rows
-        return {"parameters": parameters, "rows": rows, "width": self.width, "tied": self.tied}
+        dims = self.dims.grown(added_rows)
+        found = {"parameters": dims.parameters, "rows": dims.rows, "width": dims.width, "tied": dims.tied}
+        return found | ({"assumed": self.assumed} if self.assumed else {})
 
     def for_economics(self) -> ModelShape:
         """What token economics asks of a model."""
         tied_before = is_tied(self.config)
-        dtype = self.config.dtype or torch.bfloat16
         return ModelShape(
-            body=self.body,
-            width=self.width,
-            rows=self.rows,
+            body=self.dims.body,
+            width=self.dims.width,
+            rows=self.dims.rows,
             tied=tied_before,
-            untied=tied_before and not self.tied,
-            bytes_per_parameter=dtype.itemsize,
+            untied=tied_before and not self.dims.tied,
+            bytes_per_parameter=self.stored_bytes,
         )
 
-    def lora(self, stage: Stage) -> int:
-        """Values in the stage's adapters."""
-        assert stage.lora is not None
-        names = target_modules(self.model, stage.lora.targets or family(self.config.model_type).projections)
-        return sum(sum(self.model.get_submodule(n).weight.shape) * stage.lora.r for n in names)
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of one value in the checkpoint's files."""
+        return (self.config.dtype or torch.bfloat16).itemsize
 
 
-def shape_if_known(plan: Plan) -> tuple[Shape | None, str]:
-    """The shape of the plan's base, or None and why it is unknown."""
+def shape_if_known(plan: Plan, named: str | None = None) -> tuple[Shape | None, str]:
+    """The shape of the plan's base, or None and why it is unknown.
+
+    Raises:
+        ModelError: no shape is called `named`.
+    """
+    if named is not None:
+        return Shape.of(plan, named), ""
     try:
         return Shape.of(plan), ""
     except ModelError as error:
         return None, str(error)
+
+
+def _configured(plan: Plan, config: Any) -> tuple[Any, Dimensions]:
+    return config, dimensions(config, tied=plan.tied)
+
+
+def _named(shape: str) -> Any:
+    if shape not in SHAPES:
+        known = ", ".join(SHAPES)
+        raise ModelError(f"--shape: no shape is called {shape!r}{did_you_mean(shape, SHAPES)}; known: {known}")
+    return named_config(shape)
 
 
 def base_config(plan: Plan) -> Any:

@@ -1,37 +1,38 @@
-"""From documents to training batches: token mixture, packing without leaks, and a position to resume from.
+"""From documents to training batches: token mixture, steps, packing without leaks, and a position to resume from.
 
-Everything is decided before the first step, from the seed alone: which document goes where, in which order. A step
-number therefore is the whole loader state, and a resumed run reads exactly what an undisturbed one would have read.
+Everything is decided before the first step, from lengths and the seed alone: which documents a step reads, in which
+order. A step number therefore is the whole loader state, and a resumed run reads exactly what an undisturbed one would
+have read. Neither packing nor the number of rows that go through the model at a time changes what a step learns.
 
 Packing: several documents share a row; position ids start again at 0 for each. With no attention mask and no cache,
 transformers builds a block-diagonal causal mask from the position ids, so documents can't see one another.
+
+Shapes: B rows, T tokens of a row, D documents of a group, P places in the stage (a document that is read), S steps.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lingraft.training.tokens import Documents, Encoded, cut, lengths_of
+
 IGNORED = -100
+# Rows that the next document may go into; the fullest ones are closed first.
 OPEN_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised document: ids (T,) and, for each token, whether it is learnt (BOS and prompts are not)."""
-
-    ids: np.ndarray
-    learnt: np.ndarray
-    origin: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
+# Documents that find no room in a step before it is closed. They begin the next one.
+LOOKAHEAD = 32
+# Steps whose tensors are made while the device works on the one before.
+STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -50,130 +51,202 @@ class MicroBatch:
         return int((self.labels_BT != IGNORED).sum())
 
 
-def cut(document: Encoded, length: int, bos: int | None) -> list[Encoded]:
-    """Pieces of at most `length` tokens; every piece after the first starts with BOS again, unlearnt."""
-    if len(document) <= length:
-        return [document]
-    pieces = [Encoded(document.ids[:length], document.learnt[:length], document.origin)]
-    head = [] if bos is None else [bos]
-    step = length - len(head)
-    for start in range(length, len(document), step):
-        ids = np.concatenate([head, document.ids[start : start + step]]).astype(document.ids.dtype)
-        learnt = np.concatenate([[False] * len(head), document.learnt[start : start + step]]).astype(bool)
-        pieces.append(Encoded(ids, learnt, document.origin))
-    return pieces
-
-
-def mixture(
-    groups: Mapping[str, Sequence[Encoded]], shares: Mapping[str, float], budget_tokens: int, seed: int
-) -> list[Encoded]:
+def mixture(lengths: Sequence[np.ndarray], shares: Sequence[float], budget_tokens: int, seed: int) -> np.ndarray:
     """An order of documents whose tokens follow the shares, evenly over the whole stage.
 
     Each group runs through its documents in a new random order every epoch until its share of `budget_tokens` is
     filled; a group that is too small repeats, one that is too large stops. Documents are then merged by how far
     their group has come, so every stretch of the stage has the wanted mixture.
+
+    Args:
+        lengths: tokens of each document, one array (D,) a group; shares: the groups' weights.
+    Returns:
+        int64 (P,): documents by number, counted through all groups.
     """
-    total = sum(shares.values())
-    placed: list[tuple[float, str, int, Encoded]] = []
-    for name in sorted(groups):
-        quota = budget_tokens * shares[name] / total
-        used = 0
-        epoch = 0
+    documents: list[np.ndarray] = []
+    progress: list[np.ndarray] = []
+    first = 0
+    for group, (lengths_D, share) in enumerate(zip(lengths, shares, strict=True)):
+        quota = budget_tokens * share / sum(shares)
+        used, epoch = 0, 0
         while used < quota:
-            order = list(range(len(groups[name])))
-            random.Random(f"{seed}/{name}/{epoch}").shuffle(order)
-            for index in order:
-                if used >= quota:
-                    break
-                placed.append((used / quota, name, len(placed), groups[name][index]))
-                used += len(groups[name][index])
-            epoch += 1
-    placed.sort(key=lambda item: item[:3])
-    return [item[3] for item in placed]
+            order = np.random.default_rng([seed, group, epoch]).permutation(len(lengths_D))
+            ends = used + np.cumsum(lengths_D[order])
+            begins = ends - lengths_D[order]
+            read = np.searchsorted(begins, quota)
+            documents.append(first + order[:read])
+            progress.append(begins[:read] / quota)
+            used, epoch = int(ends[-1]), epoch + 1
+        first += len(lengths_D)
+    merged = np.argsort(np.concatenate(progress), kind="stable")
+    return np.concatenate(documents)[merged]
 
 
-def epoch_tokens(groups: Mapping[str, Sequence[Encoded]], shares: Mapping[str, float]) -> int:
+def epoch_tokens(lengths: Sequence[np.ndarray], shares: Sequence[float]) -> int:
     """Tokens of one epoch: one pass over the group with the largest share, the others in proportion."""
-    heaviest = max(sorted(shares), key=lambda name: shares[name])
-    return math.ceil(sum(map(len, groups[heaviest])) * sum(shares.values()) / shares[heaviest])
+    heaviest = int(np.argmax(shares))
+    return math.ceil(int(lengths[heaviest].sum()) * sum(shares) / shares[heaviest])
 
 
-def pack(pieces: Sequence[Encoded], length: int) -> list[list[Encoded]]:
-    """Rows of at most `length` tokens: each piece goes into the first of a few open rows that has room."""
-    rows: list[list[Encoded]] = []
-    open_rows: list[list[Encoded]] = []
-    room: list[int] = []
-    for piece in pieces:
-        fitting = next((i for i, free in enumerate(room) if free >= len(piece)), None)
-        if fitting is None:
-            if len(open_rows) == OPEN_ROWS:
-                rows.append(open_rows.pop(0))
-                room.pop(0)
-            open_rows.append([piece])
-            room.append(length - len(piece))
-        else:
-            open_rows[fitting].append(piece)
-            room[fitting] -= len(piece)
-    return rows + open_rows
+@dataclass(frozen=True)
+class Places:
+    """Where documents go: step s reads `order_P[starts_S[s]:starts_S[s + 1]]`, each in its row `row_P` of the step."""
+
+    order_P: np.ndarray
+    row_P: np.ndarray
+    starts_S: np.ndarray
+
+
+def pack(lengths_P: np.ndarray, length: int, rows_per_step: int) -> Places:
+    """First-fit packing into steps of at most `rows_per_step` rows of at most `length` tokens.
+
+    A document that finds no room in a step waits for the next one, and is the first there. A step is closed when
+    `LOOKAHEAD` documents wait, so that its last holes are filled, too. (Krell et al. 2021, arXiv 2107.02027, pack
+    whole data sets; here the order is the mixture, and must stay.)
+    """
+    order, rows, starts = array("q"), array("i"), array("q", [0])
+    coming = enumerate(_plain_numbers(lengths_P))
+    waiting: list[tuple[int, int]] = []
+    while len(order) < len(lengths_P):
+        room: list[int] = []
+        first = 0
+        documents, waiting = chain(waiting, coming), []
+        for place, size in documents:
+            for row in range(first, len(room)):
+                if room[row] >= size:
+                    break
+            else:
+                if len(room) == rows_per_step:
+                    waiting.append((place, size))
+                    if len(waiting) == LOOKAHEAD:
+                        break
+                    continue
+                row = len(room)
+                room.append(length)
+                first = max(0, row + 1 - OPEN_ROWS)
+            room[row] -= size
+            order.append(place)
+            rows.append(row)
+        starts.append(len(order))
+    return Places(np.array(order), np.array(rows), np.array(starts))
+
+
+def _plain_numbers(values: np.ndarray) -> Iterator[int]:
+    """The values as Python's own integers, which the loop above is several times faster with; a part at a time."""
+    return chain.from_iterable(values[i : i + 2**16].tolist() for i in range(0, len(values), 2**16))
 
 
 def to_micro_batch(rows: Sequence[Sequence[Encoded]], pad: int) -> MicroBatch:
     """Tensors of some packed rows, padded to the longest. Padding is a segment of its own and never learnt."""
-    width = max(sum(map(len, row)) for row in rows)
-    ids = np.full((len(rows), width), pad, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    for r, row in enumerate(rows):
-        start = 0
-        for piece in row:
-            end = start + len(piece)
-            ids[r, start:end] = piece.ids
-            labels[r, start : end - 1] = np.where(piece.learnt[1:], piece.ids[1:], IGNORED)
-            positions[r, start:end] = np.arange(len(piece))
-            start = end
-        positions[r, start:] = np.arange(width - start)
-    origins = tuple(piece.origin for row in rows for piece in row)
-    size = sum(len(piece) for row in rows for piece in row)
-    return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), origins, size)
+    documents = [document for row in rows for document in row]
+    lengths_D = np.array([len(document) for document in documents])
+    ends_D = np.cumsum(lengths_D)
+    ids_N = np.concatenate([document.ids for document in documents])
+    learnt_N = np.concatenate([document.learnt for document in documents])
+    labels_N = np.where(np.roll(learnt_N, -1), np.roll(ids_N, -1), IGNORED)
+    labels_N[ends_D - 1] = IGNORED
+    positions_N = np.arange(len(ids_N)) - np.repeat(ends_D - lengths_D, lengths_D)
+
+    lengths_B = np.array([row_length(row) for row in rows])[:, None]
+    place_BT = np.broadcast_to(np.arange(lengths_B.max()), (len(rows), lengths_B.max()))
+    filled_BT = place_BT < lengths_B
+    ids_BT, labels_BT, positions_BT = np.full_like(place_BT, pad), np.full_like(place_BT, IGNORED), place_BT - lengths_B
+    for whole_BT, values_N in ((ids_BT, ids_N), (labels_BT, labels_N), (positions_BT, positions_N)):
+        whole_BT[filled_BT] = values_N
+    origins = tuple(document.origin for document in documents)
+    tensors = (torch.from_numpy(whole_BT) for whole_BT in (ids_BT, labels_BT, positions_BT))
+    return MicroBatch(*tensors, origins=origins, size=len(ids_N))
+
+
+def row_length(row: Sequence[Encoded]) -> int:
+    """Tokens of a row, without padding."""
+    return sum(map(len, row))
+
+
+def together(rows: Iterable[Sequence[Encoded]], tokens: int) -> Iterator[list[Sequence[Encoded]]]:
+    """Rows that go through the model at a time: the longest first, neighbours in length, at most `tokens` padded."""
+    group: list[Sequence[Encoded]] = []
+    for row in sorted(rows, key=row_length, reverse=True):
+        if group and (len(group) + 1) * row_length(group[0]) > tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 class Batches:
-    """The whole stage's rows, addressed by step.
+    """The whole stage, addressed by step. Holds a few numbers for each document that the stage reads, none of its ids.
 
     Args:
-        groups: documents by data key; shares: their weights by tokens.
+        groups: documents by data key; shares: their weights by tokens. Documents longer than a row are cut.
+        sequence_length: tokens of a row; rows_per_step: full rows of one optimiser step.
+        packing: several documents share a row; without it a step's same documents have a row each.
+        bos: begins the pieces of a document that is cut; None where the tokenizer has none.
         budget_tokens: tokens of the stage; None takes `epochs` passes over the heaviest group.
-        sequence_length: tokens a row; rows_per_step: rows of one optimiser step; batch_size: rows that go through
-            the model at a time.
     """
 
     def __init__(
         self,
-        groups: Mapping[str, Sequence[Encoded]],
+        groups: Mapping[str, Documents],
         shares: Mapping[str, float],
         *,
         sequence_length: int,
-        batch_size: int,
         rows_per_step: int,
         pad: int,
         bos: int | None,
         seed: int,
+        packing: bool = True,
         budget_tokens: int | None = None,
         epochs: float | None = None,
     ) -> None:
-        pieces = {k: [p for d in docs for p in cut(d, sequence_length, bos)] for k, docs in groups.items()}
+        names = sorted(groups)
+        weights = [shares[name] for name in names]
+        self._groups = [cut(groups[name], sequence_length, bos) for name in names]
+        lengths = [lengths_of(documents) for documents in self._groups]
+        self._firsts = np.cumsum([0, *map(len, lengths)])
         if budget_tokens is None:
-            budget_tokens = math.ceil(epoch_tokens(pieces, shares) * (epochs or 1))
-        self.order = mixture(pieces, shares, budget_tokens, seed)
-        self.rows = pack(self.order, sequence_length)
-        self.tokens = sum(map(len, self.order))
-        self.batch_size, self.rows_per_step, self.pad = batch_size, rows_per_step, pad
+            budget_tokens = math.ceil(epoch_tokens(lengths, weights) * (epochs or 1))
+        order_P = mixture(lengths, weights, budget_tokens, seed)
+        lengths_P = np.concatenate(lengths)[order_P]
+        places = pack(lengths_P, sequence_length, rows_per_step)
+        self._documents_P = order_P[places.order_P]
+        self._row_P, self._starts_S = places.row_P, places.starts_S
+        self.tokens = int(lengths_P.sum())
+        self.sequence_length, self.packing, self.pad = sequence_length, packing, pad
 
     def __len__(self) -> int:
         """Optimiser steps."""
-        return math.ceil(len(self.rows) / self.rows_per_step)
+        return len(self._starts_S) - 1
 
-    def step(self, number: int) -> list[MicroBatch]:
-        """The micro-batches of one optimiser step."""
-        rows = self.rows[number * self.rows_per_step : (number + 1) * self.rows_per_step]
-        return [to_micro_batch(rows[i : i + self.batch_size], self.pad) for i in range(0, len(rows), self.batch_size)]
+    def step(self, number: int, micro_batch: int = 1) -> list[MicroBatch]:
+        """The micro-batches of one optimiser step, longest rows first.
+
+        Args:
+            micro_batch: full rows that go through the model at a time, or as many tokens in more, shorter rows.
+        """
+        groups = together(self._rows(number), micro_batch * self.sequence_length)
+        return [to_micro_batch(rows, self.pad) for rows in groups]
+
+    def from_step(self, first: int, micro_batch: int = 1) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """Each step from `first` on with its micro-batches, which a thread makes ahead of time: no device waits."""
+        with ThreadPoolExecutor(1, "batches") as thread:
+            ahead: deque[tuple[int, Future[list[MicroBatch]]]] = deque()
+            for number in range(first, len(self)):
+                ahead.append((number, thread.submit(self.step, number, micro_batch)))
+                if len(ahead) > STEPS_AHEAD:
+                    ready, batches = ahead.popleft()
+                    yield ready, batches.result()
+            for ready, batches in ahead:
+                yield ready, batches.result()
+
+    def _rows(self, number: int) -> list[list[Encoded]]:
+        here = slice(self._starts_S[number], self._starts_S[number + 1])
+        rows: dict[int, list[Encoded]] = {}
+        for place, (document, row) in enumerate(zip(self._documents_P[here], self._row_P[here], strict=True)):
+            rows.setdefault(int(row) if self.packing else place, []).append(self._document(document))
+        return list(rows.values())
+
+    def _document(self, number: np.int64) -> Encoded:
+        group = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return self._groups[group][int(number - self._firsts[group])]

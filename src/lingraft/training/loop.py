@@ -24,9 +24,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from lingraft.errors import TrainingError
-from lingraft.progress import bar
+from lingraft.progress import bar, say
 from lingraft.training import checkpoint
 from lingraft.training.batches import IGNORED, Batches, MicroBatch
+from lingraft.training.micro_batch import choose_micro_batch
+from lingraft.training.optimizer import clip_gradients, make_optimizer
 from lingraft.training.settings import StageSettings
 
 WATCH_AFTER_STEPS = 20
@@ -64,23 +66,23 @@ def train(
     """Train `parameters` through `loss_model` over `batches`, going on from the newest checkpoint in `work`.
 
     Args:
-        loss_model: maps a micro-batch to the summed loss over its learnt tokens.
+        loss_model: maps a micro-batch and a scale to the scaled sum of the loss over its learnt tokens.
         groups: optimiser groups (`params`, `lr`, `weight_decay`, `name`).
     Raises:
         TrainingError: the loss is not finite or explodes; names the step and the documents.
         KeyboardInterrupt: after a signal, once the step's checkpoint is written.
     """
-    optimizer: Any = torch.optim.AdamW(groups, betas=settings.betas)
+    optimizer: Any = make_optimizer(groups, settings)
     loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
     inner = getattr(optimizer, "optimizer", optimizer)
     for group in inner.param_groups:
         group["peak_lr"] = group["lr"]
     first = checkpoint.resume(work, parameters, inner)
     log = _read_log(work / "log.jsonl", first)
-    bf16 = settings.precision == "bf16"
     watch = LossWatch([entry["loss"] for entry in log], settings.name)
     begin = last_saved = time.monotonic()
     loss_model.train()
+    feed = _Feed(batches, first, choose_micro_batch(loss_model, batches, settings, work, accelerator))
     with (
         _stop_signals() as stopped,
         open(work / "log.jsonl", "a", encoding="utf-8") as log_file,
@@ -91,9 +93,8 @@ def train(
             factor = learning_rate_factor(step, len(batches), settings.warmup, settings.schedule)
             for group in inner.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            micro_batches = batches.step(step)
-            loss = _accumulate(loss_model, _share(micro_batches, accelerator), accelerator, bf16)
-            norm = float(accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], settings.clip))
+            micro_batches, loss = _gradients(loss_model, feed, step, settings, accelerator)
+            norm = clip_gradients(parameters.values(), settings.clip)
             watch.check(step, loss, norm, micro_batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -121,25 +122,74 @@ def train(
     return LoopResult(log, len(batches), trained, time.monotonic() - begin, peak_memory_gb())
 
 
-def _accumulate(loss_model: nn.Module, micro_batches: list[MicroBatch], accelerator: Accelerator, bf16: bool) -> float:
+class _Feed:
+    """The steps' micro-batches in order, made ahead of time; smaller ones from a step on that did not fit."""
+
+    def __init__(self, batches: Batches, first: int, micro_batch: int) -> None:
+        self.batches, self.micro_batch = batches, micro_batch
+        self.steps = batches.from_step(first, micro_batch)
+
+    def next(self) -> list[MicroBatch]:
+        return next(self.steps)[1]
+
+    def again_smaller(self, step: int) -> list[MicroBatch]:
+        self.micro_batch //= 2
+        say(f"  out of memory: going on with {self.micro_batch} rows at a time", style="yellow")
+        self.steps = self.batches.from_step(step, self.micro_batch)
+        return self.next()
+
+
+def _gradients(
+    loss_model: nn.Module,
+    feed: _Feed,
+    step: int,
+    settings: StageSettings,
+    accelerator: Accelerator,
+) -> tuple[list[MicroBatch], float]:
+    """The gradients of a step, and its mean loss. Where its micro-batches don't fit into memory, they are halved."""
+    micro_batches = feed.next()
+    while True:
+        try:
+            return micro_batches, _accumulate(loss_model, micro_batches, settings, accelerator)
+        except torch.OutOfMemoryError as error:
+            for parameter in loss_model.parameters():
+                parameter.grad = None
+            if feed.micro_batch == 1 or accelerator.num_processes > 1:
+                raise TrainingError(
+                    f"stage {settings.name}, step {step + 1}: out of memory with {feed.micro_batch} rows of "
+                    f"{feed.batches.sequence_length} tokens at a time; set a smaller micro_batch, "
+                    "gradient_checkpointing: true, optimizer: adamw_8bit or a shorter sequence_length (lingraft plan "
+                    "shows what each saves)"
+                ) from error
+        torch.cuda.empty_cache()
+        micro_batches = feed.again_smaller(step)
+
+
+def _accumulate(
+    loss_model: nn.Module, step: list[MicroBatch], settings: StageSettings, accelerator: Accelerator
+) -> float:
     """Backward over all micro-batches of a step; returns the mean loss per learnt token over all processes."""
     device = accelerator.device
-    learnt = torch.tensor(sum(m.tokens for m in micro_batches), dtype=torch.float64, device=device)
-    learnt = accelerator.reduce(learnt, "sum").clamp(min=1)
+    # only trained layers are float32 among bfloat16 ones; rows convert what they give
+    mixed = settings.precision == "bf16" and settings.layers != "none"
+    micro_batches = _share(step, accelerator)
+    learnt = max(sum(m.tokens for m in step), 1)
+    # DDP averages gradients over processes; the sum over them is wanted
+    scale = accelerator.num_processes / learnt
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(loss_model):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 loss = loss_model(
-                    batch.input_ids_BT.to(device),
-                    batch.labels_BT.to(device),
-                    batch.position_ids_BT.to(device),
+                    batch.input_ids_BT.to(device, non_blocking=True),
+                    batch.labels_BT.to(device, non_blocking=True),
+                    batch.position_ids_BT.to(device, non_blocking=True),
+                    scale,
                 )
-            # DDP averages gradients over processes; the sum over them is wanted
-            accelerator.backward(loss * (accelerator.num_processes / learnt.item()))
+            accelerator.backward(loss)
         total += loss.detach()
-    return float(accelerator.reduce(total, "sum") / learnt)
+    return float(accelerator.reduce(total, "mean"))
 
 
 def _share(micro_batches: list[MicroBatch], accelerator: Accelerator) -> list[MicroBatch]:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters: rank `r`, scale `alpha`/r, and whether the frozen weights are held in 4 bits."""
+    """Low-rank adapters: rank `r`, scale `alpha`/r (rank-stabilised: `alpha`/√r)."""
 
     r: int
     alpha: int
     dropout: float = 0.0
     rank_stabilised: bool = False
     targets: tuple[str, ...] = ()
-    quantise: str = "none"
 
 
 @dataclass(frozen=True)
 class StageSettings:
     """One stage. Rows: `none`, `new`, `all`; layers: `none`, `all`, `lora`.
 
+    quantise: `nf4` holds the language model's frozen linear layers in 4 bits.
     rows_per_step: rows of the batch of one optimiser step; micro_batch: how many of them go through the model at a
     time, None for as many as fit.
     """
@@ -30,6 +30,7 @@ class StageSettings:
     output_rows: str
     layers: str
     lora: LoraSettings | None
+    quantise: str
     learning_rate: float
     embedding_learning_rate: float | None
     rows_per_step: int
@@ -58,9 +59,8 @@ class StageSettings:
         if self.layers == "all":
             parts.append("every layer")
         elif self.lora:
-            bits = ", 4-bit base" if self.lora.quantise == "nf4" else ""
-            parts.append(f"LoRA r {self.lora.r} on every layer{bits}")
-        return " + ".join(parts)
+            parts.append(f"LoRA r {self.lora.r} on every layer")
+        return " + ".join(parts) + (", 4-bit base" if self.quantise == "nf4" else "")
 
     def _sides(self) -> tuple[tuple[str, str], ...]:
         return (self.input_rows, "input"), (self.output_rows, "output")

@@ -16,6 +16,7 @@ M positions that are matched.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,9 @@ from transformers import PreTrainedModel
 
 from lingraft.errors import TrainingError
 from lingraft.model.load import input_matrix, output_matrix
-from lingraft.training.batches import IGNORED, Encoded, MicroBatch
+from lingraft.training.batches import IGNORED, MicroBatch
 from lingraft.training.loss import NextTokenLoss
+from lingraft.training.tokens import Documents, Pieces
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,9 @@ class TokenDistillationLoss(nn.Module):
         self.layer, self.next_token_weight = layer, next_token_weight
         self.segmentation = Segmentation(input_matrix(model).shape[0], new_ids, old_ids)
         self.tied = input_matrix(model) is output_matrix(model)
-        self.next_token = NextTokenLoss(model, excluded_ids=None if self.tied else torch.tensor(new_ids))
+        self.next_token = NextTokenLoss(model, excluded_ids=None if self.tied else list(new_ids))
 
-    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor, scale: float = 1.0) -> Tensor:
         matched_BT = self.matched(input_ids_BT, labels_BT, position_ids_BT)
         old = self.segmentation.old(input_ids_BT, position_ids_BT)
         with torch.no_grad():
@@ -147,13 +149,13 @@ class TokenDistillationLoss(nn.Module):
             teacher_MD = states_BSD[rows, old.ends_BT][matched_BT].float()
         states_BTD, last_BTD = self._states(input_ids_BT, position_ids_BT)
         error_MD = states_BTD[matched_BT].float() - teacher_MD
-        loss = (error_MD.square().sum(dim=1) / teacher_MD.square().sum(dim=1)).sum()
+        loss = scale * (error_MD.square().sum(dim=1) / teacher_MD.square().sum(dim=1)).sum()
         if not self.next_token_weight:
             return loss
         labels_M = labels_BT[matched_BT]
         if not self.tied:
             labels_M = self.segmentation.part(labels_M, torch.zeros_like(labels_M))
-        return loss + self.next_token_weight * self.next_token.of_states(last_BTD[matched_BT], labels_M)
+        return loss + self.next_token.of_states(last_BTD[matched_BT], labels_M, scale * self.next_token_weight)
 
     def matched(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
         """Positions (B, T) that count: learnt ones that a new token can have changed."""
@@ -183,22 +185,21 @@ def hidden_state_error(loss: TokenDistillationLoss, batches: Iterable[MicroBatch
     return total / max(count, 1)
 
 
-def cut_by_old_tokens(document: Encoded, old_lengths_V: np.ndarray, limit: int, bos: int | None) -> list[Encoded]:
+def cut_by_old_tokens(documents: Documents, old_lengths_V: np.ndarray, limit: int, bos: int | None) -> Pieces:
     """Pieces of at most `limit` *old* tokens, so that the teacher never reads further than it was trained to.
 
     Args:
         old_lengths_V: how many old tokens each id stands for.
-        bos: begins every piece after the first, unlearnt, as in `lingraft.training.batches.cut`.
+        bos: begins every piece after the first, unlearnt, as in `lingraft.training.tokens.cut`.
     """
-    pieces: list[Encoded] = []
-    lengths = old_lengths_V[document.ids]
-    start = 0
-    while start < len(document):
-        head = [bos] if bos is not None and start else []
-        fitting = int(np.searchsorted(np.cumsum(lengths[start:]), limit - len(head), side="right"))
-        end = start + max(fitting, 1)
-        ids = np.concatenate([head, document.ids[start:end]]).astype(document.ids.dtype)
-        learnt = np.concatenate([[False] * len(head), document.learnt[start:end]]).astype(bool)
-        pieces.append(Encoded(ids, learnt, document.origin))
-        start = end
-    return pieces
+    pieces = array("q")
+    for number in range(len(documents)):
+        ends = np.cumsum(old_lengths_V[documents[number].ids])
+        begin = 0
+        while begin < len(ends):
+            before, room = (ends[begin - 1], limit - (bos is not None)) if begin else (0, limit)
+            end = max(int(np.searchsorted(ends, before + room, side="right")), begin + 1)
+            pieces.extend((number, begin, end))
+            begin = end
+    document_P, begin_P, end_P = np.array(pieces, np.int64).reshape(-1, 3).T
+    return Pieces(documents, document_P, begin_P, end_P, bos)
