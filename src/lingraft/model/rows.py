@@ -72,9 +72,12 @@ class _Lookup(Function):
 
 
 class RowwiseEmbedding(nn.Module):
-    """An input embedding of which only `rows` train. Keeps the original module's scale (Gemma: √D)."""
+    """An input embedding of which only `rows` train, or none. Keeps the original module's scale (Gemma: √D).
 
-    def __init__(self, original: Any, rows: TrainableRows, dtype: torch.dtype) -> None:
+    Gives vectors of `dtype`; the frozen matrix may be held in a narrower one.
+    """
+
+    def __init__(self, original: Any, rows: TrainableRows | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.original: Any = original
         self.rows = rows
@@ -82,20 +85,25 @@ class RowwiseEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.rows.values if self.rows.ids is None else self.original.weight
+        whole = self.rows is not None and self.rows.ids is None
+        return self.rows.values if self.rows is not None and whole else self.original.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        values_ND = self.rows()
-        if self.rows.place is None:
-            embedded_BTD = _Lookup.apply(values_ND, ids_BT.flatten()).view(*ids_BT.shape, -1).to(self.dtype)
-        else:
-            place_BT = self.rows.place[ids_BT]
-            trained_BT = place_BT >= 0
-            embedded_BTD = F.embedding(ids_BT, self.original.weight).index_put(
-                trained_BT.nonzero(as_tuple=True), _Lookup.apply(values_ND, place_BT[trained_BT]).to(self.dtype)
-            )
+        embedded_BTD = self._embedded(ids_BT)
         scale = getattr(self.original, "embed_scale", None)
         return embedded_BTD if scale is None else embedded_BTD * scale.to(embedded_BTD.dtype)
+
+    def _embedded(self, ids_BT: Tensor) -> Tensor:
+        if self.rows is None:
+            return F.embedding(ids_BT, self.original.weight).to(self.dtype)
+        values_ND = self.rows()
+        if self.rows.place is None:
+            return _Lookup.apply(values_ND, ids_BT.flatten()).view(*ids_BT.shape, -1).to(self.dtype)
+        place_BT = self.rows.place[ids_BT]
+        trained_BT = place_BT >= 0
+        frozen_BTD = F.embedding(ids_BT, self.original.weight).to(self.dtype)
+        trained_TD = _Lookup.apply(values_ND, place_BT[trained_BT]).to(self.dtype)
+        return frozen_BTD.index_put(trained_BT.nonzero(as_tuple=True), trained_TD)
 
 
 class RowwiseHead(nn.Module):
@@ -126,9 +134,17 @@ class VocabularyTraining:
         input_rows, output_rows: `none`, `new` (the rows `new_ids`) or `all`. In a tied model the two matrices are
             one, so the wider of the two counts for both.
         new_ids: ids of the grafted tokens.
+        dtype: that the model computes in, by default that of its matrices.
     """
 
-    def __init__(self, model: PreTrainedModel, input_rows: str, output_rows: str, new_ids: list[int]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_rows: str,
+        output_rows: str,
+        new_ids: list[int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         embedding: Any = model.get_input_embeddings()
         self.model, self.embedding = model, embedding
         self.head: Any = model.get_output_embeddings()
@@ -139,8 +155,7 @@ class VocabularyTraining:
         self.new_ids = new_ids
         self.input = self._rows(self.embedding, input_rows)
         self.output = self.input if self.tied else self._rows(self.head, output_rows)
-        if self.input is not None:
-            model.set_input_embeddings(RowwiseEmbedding(self.embedding, self.input, self.dtype))
+        model.set_input_embeddings(RowwiseEmbedding(self.embedding, self.input, dtype or self.dtype))
         if self.output is not None:
             model.set_output_embeddings(RowwiseHead(self.head, self.output))
 
@@ -165,8 +180,8 @@ class VocabularyTraining:
     @torch.no_grad()
     def restore(self) -> None:
         """Give the model its plain modules again, with the trained rows in them, in the matrix's own precision."""
+        self.model.set_input_embeddings(self.embedding)
         if self.input is not None:
-            self.model.set_input_embeddings(self.embedding)
             self._write(self.input, self.embedding)
         if self.output is not None:
             self.model.set_output_embeddings(self.head)

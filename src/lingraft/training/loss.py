@@ -30,8 +30,9 @@ from lingraft.training.batches import IGNORED
 
 # Logits of a block: on a CPU they stay in its cache, on a GPU they are enough to keep it busy.
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
-# Logits that are kept at a time where the whole matrix trains: 256 MiB in float32.
-CHUNK_LOGITS = 1 << 26
+BLOCK_ROWS = 1024  # at least
+# Logits that are kept at a time where the whole matrix trains: 128 MiB in float32.
+CHUNK_LOGITS = 1 << 25
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -212,7 +213,7 @@ class TrainedMatrixLoss(Function):
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        gradient_VD = pop_gradient(values_VD)
+        gradient_VD = pop_gradient(values_VD) if ctx.needs_input_grad[1] else None
         chunks = -(-len(hidden_ND) * len(values_VD) // CHUNK_LOGITS)
         for part in _chunks(len(hidden_ND), -(-len(hidden_ND) // max(chunks, 1))):
             hidden, labels = hidden_ND[part], labels_N[part]
@@ -220,10 +221,12 @@ class TrainedMatrixLoss(Function):
             kept = []
             for block in _blocks(values_VD, hidden, []):
                 logits = block.logits(hidden, softcap)
-                kept.append(logits.to(hidden.dtype, copy=True))
+                if gradient_VD is not None:
+                    kept.append(logits.to(hidden.dtype, copy=True))
                 softmax.add(block, logits, labels)
-            for block, logits in zip(_blocks(values_VD, hidden, []), kept, strict=True):
+            for block, logits in zip(_blocks(values_VD, hidden, []), kept, strict=gradient_VD is not None):
                 error = _error(block, logits.float(), softmax.log_sum(), labels, softcap).mul_(scale).to(hidden.dtype)
+                assert gradient_VD is not None
                 rows = gradient_VD[block.first : block.first + len(block.weight)]
                 if rows.dtype == hidden.dtype:
                     rows.addmm_(error.t(), hidden)
@@ -247,7 +250,7 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def _blocks(matrix_VD: Tensor, hidden_ND: Tensor, unseen: list[int]) -> Iterator[_Block]:
-    size = max(BLOCK_LOGITS[hidden_ND.device.type] // max(len(hidden_ND), 1), 1024)
+    size = max(BLOCK_LOGITS[hidden_ND.device.type] // max(len(hidden_ND), 1), BLOCK_ROWS)
     for start in range(0, len(matrix_VD), size):
         weight = matrix_VD[start : start + size].detach().to(hidden_ND.dtype)
         first, last = bisect_left(unseen, start), bisect_left(unseen, start + len(weight))
@@ -294,16 +297,18 @@ class NextTokenLoss(nn.Module):
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+        values = None if self.rows is None else self.rows()
+        if values is not None and not torch.is_grad_enabled():
+            values = values.detach()  # or a Function would think that its gradient is wanted
         if self.rows is not None and self.rows.ids is None:
-            return TrainedMatrixLoss.apply(hidden_ND, self.rows(), labels_N, self.softcap, scale)
+            return TrainedMatrixLoss.apply(hidden_ND, values, labels_N, self.softcap, scale)
         matrix_VD = self.model.get_output_embeddings().weight
-        new_MD, places_N = None, labels_N
+        places_N = labels_N
         if self.rows is not None:
             assert self.rows.place is not None
-            new_MD = self.rows()
             new_N = self.rows.place[labels_N]
             places_N = torch.where(new_N >= 0, new_N + len(matrix_VD), labels_N)
-        return scale * FrozenMatrixLoss.apply(hidden_ND, new_MD, matrix_VD, places_N, self.softcap, self.unseen)
+        return scale * FrozenMatrixLoss.apply(hidden_ND, values, matrix_VD, places_N, self.softcap, self.unseen)
 
 
 def _shares_rows(model: Any, rows: Any) -> bool:

@@ -6,17 +6,18 @@ The model that trains is only as whole as it has to be: frozen weights may be he
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from lingraft.model.changes import Changes, Proof, Rows, check_writable, write_changed
-from lingraft.model.load import DTYPES, body_parameters, load, to_device
+from lingraft.model.load import DTYPES, body_parameters, input_matrix, load, output_matrix, to_device
 from lingraft.model.lora import adapters, add_lora, lora_parameters
 from lingraft.model.rows import TrainableRows, VocabularyTraining
 from lingraft.training.batches import Batches
@@ -45,6 +46,8 @@ def run_stage(
     batches: Batches,
     new_ids: list[int],
     loss: Loss = NextTokenLoss,
+    validation: Batches | None = None,
+    events: Path | None = None,
 ) -> StageResult:
     """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
 
@@ -52,16 +55,17 @@ def run_stage(
         work: holds the stage's own checkpoints; a killed stage goes on from there.
         new_ids: ids of the grafted tokens, whose rows are the "new" rows.
         loss: makes the loss from the model once its trainable parts are in.
+        validation: held-out text, see `loop.train`; events: folder for TensorBoard.
     Raises:
         TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
     """
     accelerator = _accelerator()
-    model = load(source, DTYPES[settings.precision], settings.quantise)
+    model = _load(source, settings)
     if settings.quantise == "none":
         to_device(model, accelerator.device)
     trained = _Trained(model, settings, new_ids)
     check_writable(source, trained.targets, trained.replaced)
-    result = trained.train(batches, work, loss, accelerator)
+    result = trained.train(batches, work, loss, accelerator, validation, events)
     sizes, changes = trained.sizes(), trained.changes()
     del model, trained  # the rest of it is not needed any more
     return StageResult(result, sizes, write_changed(source, out, changes, new_ids))
@@ -85,6 +89,38 @@ def train_rows(
     result = trained.train(batches, work, loss, _accelerator())
     trained.vocabulary.restore()
     return result
+
+
+def _load(source: Path, settings: StageSettings) -> PreTrainedModel:
+    """The model in the precision that the stage computes in; its vocabulary as narrow as it is stored.
+
+    Rows are converted when they are used. On a CPU, what is not converted stays in the file, of which only the rows
+    that are looked up are read.
+    """
+    dtype = DTYPES[settings.precision]
+    if settings.quantise != "none":
+        return load(source, dtype, settings.quantise, vision=False)
+    model = load(source, vision=False)
+    vocabulary = {id(input_matrix(model)), id(output_matrix(model))}
+    for parameter in model.parameters():
+        if id(parameter) not in vocabulary or dtype.itemsize < parameter.dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
+    _set_constants(model, dtype)
+    return model
+
+
+def _set_constants(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Constants that no checkpoint has (Gemma's √D), as a model made in `dtype` rounds them."""
+    config = copy.deepcopy(model.config)
+    for section in (config, config.get_text_config()):
+        section.dtype = dtype
+    with init_empty_weights(include_buffers=False):
+        made = type(model)._from_config(config)
+    stored = model.state_dict().keys()
+    constants = dict(made.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in stored:
+            buffer.data = constants[name]
 
 
 def _accelerator() -> Accelerator:
@@ -120,16 +156,27 @@ class _Trained:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         self.layers = self.replaced | lora_parameters(model)
-        self.vocabulary = VocabularyTraining(model, settings.input_rows, settings.output_rows, new_ids)
+        dtype = DTYPES[settings.precision]
+        self.vocabulary = VocabularyTraining(model, settings.input_rows, settings.output_rows, new_ids, dtype)
         self.rows = self.vocabulary.parameters()
 
-    def train(self, batches: Batches, work: Path, loss: Loss, accelerator: Accelerator) -> LoopResult:
+    def train(
+        self,
+        batches: Batches,
+        work: Path,
+        loss: Loss,
+        accelerator: Accelerator,
+        validation: Batches | None = None,
+        events: Path | None = None,
+    ) -> LoopResult:
         """Train them through the loop."""
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         groups = parameter_groups(self.rows.values(), self.layers.values(), self.settings)
         parameters = self.rows | self.layers
-        result = train(loss(self.model), groups, parameters, batches, self.settings, work, accelerator)
+        result = train(
+            loss(self.model), groups, parameters, batches, self.settings, work, accelerator, validation, events
+        )
         self.model.gradient_checkpointing_disable()
         accelerator.free_memory()
         return result
