@@ -33,9 +33,10 @@ from data import DATA, sources
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from lingraft.families.shapes import SHAPES
+from lingraft.recipe import Stage, Trains
 from lingraft.steps.batches import encode
+from lingraft.steps.stage import stage_settings
 from lingraft.training.batches import Batches, MicroBatch, mixture, pack
-from lingraft.training.settings import StageSettings
 from lingraft.training.stage import train_rows
 from lingraft.training.tokens import Tokens, lengths_of, write_tokens
 
@@ -43,29 +44,13 @@ ROWS_PER_STEP, SEQUENCE_LENGTH = 16, 2048  # the recipes' defaults
 NEW_IDS = list(range(256_001, 262_144))  # Gemma 3's unused ids
 MANY = 5_000_000
 
-STAGE = StageSettings(
+STAGE = Stage(
     name="new-output-rows",
-    input_rows="none",
-    output_rows="new",
-    layers="none",
-    lora=None,
-    quantise="none",
-    learning_rate=1e-4,
-    embedding_learning_rate=None,
-    rows_per_step=1,
+    train=Trains(output_rows="new"),
+    batch_size=1,
+    gradient_accumulation_steps=1,
     micro_batch=1,
-    packing=True,
-    precision="bf16",
-    optimizer="adamw",
-    warmup=0.03,
-    schedule="cosine",
-    weight_decay=0.0,
-    betas=(0.9, 0.95),
-    clip=1.0,
-    gradient_checkpointing=True,
     checkpoint_seconds=1e9,
-    keep="last",
-    seed=0,
 )
 
 
@@ -109,7 +94,7 @@ def measure_tokenisation(work: Path, names: list[str]) -> None:
         for threads, measured in seconds.items():
             command = [sys.executable, __file__, "--tokenise", str(work), *names]
             environment = os.environ | {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-            shown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             measured.append(float(shown))
     tokens = sum(int(lengths_of(Tokens(work / "tokens" / name, name)).sum()) for name in names)
     for threads, measured in seconds.items():
@@ -196,13 +181,14 @@ def measure_waiting(work: Path, names: list[str], steps: int, tokens_per_step: i
     shape: dict[str, Any] = SHAPES["gemma-3-270m"] | {"tie_word_embeddings": False}
     torch.manual_seed(0)
     model = Gemma3ForCausalLM._from_config(Gemma3TextConfig(**shape), dtype=torch.bfloat16)
-    result = train_rows(model, STAGE, batches, NEW_IDS, work)
-    step_seconds = result.seconds / result.steps
+    settings = stage_settings(STAGE, shape["model_type"], seed=0)
+    result = train_rows(model, settings, batches, NEW_IDS, work)
+    seconds, waited = result.seconds / result.steps, batches.waited
     print(
-        f"\ntraining       {result.steps} steps of {result.tokens / result.steps:.0f} tokens, {step_seconds:.2f} s each, "
+        f"\ntraining       {result.steps} steps of {result.tokens / result.steps:.0f} tokens, {seconds:.2f} s each, "
         f"{result.tokens / result.seconds:,.0f} tokens/s on {torch.get_num_threads()} threads\n"
-        f"waiting        {sum(batches.waited) / result.seconds:.4%} of the time; "
-        f"the first step {batches.waited[0] * 1e3:.1f} ms, a later one {statistics.median(batches.waited[1:]) * 1e6:.0f} µs"
+        f"waiting        {sum(waited) / result.seconds:.4%} of the time; the first step {waited[0] * 1e3:.1f} ms, "
+        f"a later one {statistics.median(waited[1:]) * 1e3:.3f} ms"
     )
 
 

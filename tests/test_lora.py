@@ -286,6 +286,19 @@ def test_4_bits_leave_out_weights_that_the_model_reads_itself(tmp_path: Path, ti
     assert logits(model).isfinite().all()
 
 
+def test_4_bits_stay_as_they_are_when_the_model_is_read(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """What trains over them after a validation must train over the same weights as before it."""
+    pytest.importorskip("bitsandbytes")
+    model = load(tiny.write_checkpoint(tmp_path, tiny_tokenizer, "llama"), torch.float32, "nf4").eval()
+    weight = model.get_decoder().layers[0].mlp.up_proj.weight
+    before = weight.data.clone()
+    with torch.no_grad():
+        once, twice = logits(model), logits(model)
+    assert torch.equal(once, twice)
+    assert torch.equal(weight.data, before)
+    assert weight.quant_state.nested, "the constants are still in 8 bits"
+
+
 @pytest.mark.parametrize(("family", "tied"), [*((family, False) for family in MERGING), ("gemma3", True)])
 def test_qlora_trains_merges_and_matches(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool
@@ -305,9 +318,9 @@ def test_qlora_trains_merges_and_matches(
     seen: dict[str, Any] = {}
     true_changes = stage._Trained.changes
 
-    def noted(self: Any) -> Changes:
+    def noted(self: Any, parallel: Any) -> Changes:
         assert quantised(self.model)
-        seen["logits"], seen["changes"] = logits(self.model.eval()), true_changes(self)
+        seen["logits"], seen["changes"] = logits(self.model.eval()), true_changes(self, parallel)
         return seen["changes"]
 
     monkeypatch.setattr(stage._Trained, "changes", noted)

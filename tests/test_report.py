@@ -112,6 +112,8 @@ def stage(index: int) -> dict[str, Any]:
     top, bottom = (5.2, 3.1, 2.6, 2.4, 2.3, 2.2, 1.9)[index], (3.4, 2.7, 2.4, 2.3, 2.2, 1.9, 1.87)[index]
     noise = random.Random(index)
     loss = [[step, bottom + (top - bottom) * math.exp(-step / 60) + noise.gauss(0, 0.02)] for step in range(1, 241)]
+    validation = [[step, loss[step - 1][1] + 0.1 + max(0, step - 120) / 800] for step in (60, 120, 180, 240)]
+    spike = {"step": 200, "loss": 3.1, "usual": 2.0, "read": "web#17, web#5 and 12 more"}
     return {
         "name": name,
         "title": title,
@@ -126,6 +128,11 @@ def stage(index: int) -> dict[str, Any]:
         "loss": loss,
         "first_loss": loss[0][1],
         "last_loss": loss[-1][1],
+        "validation": validation if index == 5 else [],
+        "keep": "best" if index == 5 else "last",
+        "kept_step": 120 if index == 5 else 240,
+        "spikes": int(index == 5),
+        "first_spikes": [spike] if index == 5 else [],
         "unchanged_tensors": 52 if index < 5 else 2,
         "changed_tensors": 1 if index < 5 else 51,
         "notes": ["The loss was still falling at the end."] if index == 5 else [],
@@ -375,10 +382,22 @@ def test_values_far_apart_get_a_logarithmic_axis() -> None:
 
 def test_loss_is_averaged_and_keeps_no_nan() -> None:
     assert charts.thin([[1, 4.0], [2, 2.0], [3, math.nan], [4, 1.0]], limit=2) == [(1.5, 3.0), (4.0, 1.0)]
-    assert charts.loss_chart("1. Rows", [[1, math.inf]]) is None
-    one = charts.loss_chart("1. Rows", [[1, 2.0]])
+    assert charts.loss_chart("1. Rows", {"loss": [[1, math.inf]]}) is None
+    one = charts.loss_chart("1. Rows", {"loss": [[1, 2.0]]})
     assert one is not None
     assert len(one.lines[0].points) == 1
+
+
+def test_loss_chart_shows_spikes_and_which_state_was_kept() -> None:
+    spike = {"step": 2, "loss": 4.0, "usual": 2.0, "read": "a#1"}
+    stage = {"loss": [[1, 2.0], [3, 1.0]], "validation": [[2, 1.5], [4, 1.75]], "kept_step": 2, "first_spikes": [spike]}
+    chart = charts.loss_chart("1. Rows", stage)
+    assert chart is not None
+    training, validation = chart.lines
+    assert [mark.title for mark in training.marks] == ["step 2: loss 4.000, usual 2.000"]
+    assert [mark.title for mark in validation.marks] == ["after step 2: validation loss 1.500, kept"]
+    assert (validation.points[0].x, validation.points[1].x) == (training.marks[0].x, chart.right)
+    assert training.marks[0].y == pytest.approx(chart.top)  # the axis has room for it
 
 
 def test_judgement_needs_intervals_that_do_not_touch() -> None:

@@ -69,8 +69,11 @@ STAGE_SETTINGS = StageSettings(
     betas=(0.9, 0.95),
     clip=1.0,
     gradient_checkpointing=False,
+    parallel="ddp",
     checkpoint_seconds=1e9,
+    keep_checkpoints=2,
     keep="last",
+    validate_every=None,
     seed=1,
 )
 

@@ -56,10 +56,14 @@ def run(
     """
     from lingraft.layout import default_run_folder
     from lingraft.pipeline import run_recipe
+    from lingraft.processes import led
 
-    loaded = load_recipe(recipe, overrides)
-    folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)
-    return run_recipe(loaded, folder, command)
+    def work() -> RunResult:
+        loaded = load_recipe(recipe, overrides)
+        folder = Path(run_dir).absolute() if run_dir else default_run_folder(loaded)
+        return run_recipe(loaded, folder, command)
+
+    return led(work)
 
 
 def plan(
@@ -100,6 +104,19 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     from lingraft.planning import run_status
 
     return run_status(Path(run_dir).absolute())
+
+
+def bench(shape: str, **options: Any) -> list[dict[str, Any]]:
+    """Run some steps of each of EEVE's stages at a known model's shape with random weights, and measure them.
+
+    Options and results: `lingraft.bench.bench`. A script that calls it needs the usual `if __name__ == "__main__":`.
+
+    Raises:
+        LingraftError: no such shape or stage, or too little memory.
+    """
+    from lingraft import bench
+
+    return bench.bench(shape, **options)
 
 
 def compare_embeddings(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lingraft import terminal
+from lingraft import processes, terminal
 from lingraft.errors import LingraftError
 from lingraft.version import VERSION
 
@@ -44,6 +45,8 @@ class _Verbs(TyperGroup):
                 )
             number = _system_errno(error)
             if number is None:
+                if not processes.speaks():
+                    sys.exit(1)
                 raise
             where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             _fail(f"{where}{os.strerror(number)}{_cure(number)}", 2)
@@ -113,6 +116,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None, run_dir: RunDirOption = 
     from lingraft import api
 
     result = api.run(recipe, run_dir, set_ or [], command=shlex.join(["lingraft", *sys.argv[1:]]))
+    if processes.rank():
+        return
     typer.echo("")
     typer.echo(terminal.before_after(result.scoreboard))
     typer.echo(f"model   {result.model}")
@@ -148,6 +153,43 @@ def status(run_folder: RunArgument, as_json: JsonOption = False) -> None:
 
     data = api.status(run_folder)
     typer.echo(json.dumps(data, ensure_ascii=False, indent=1) if as_json else terminal.status(data))
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        str, typer.Option(metavar="NAME", help="A known model's shape, such as gemma-3-270m, or a model's folder.")
+    ],
+    stage: Annotated[str | None, typer.Option(help="Number or name of one stage (default: EEVE's seven).")] = None,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of weights and products.")] = "bf16",
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of an optimiser step.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are measured, after one that is not.")] = 5,
+    new_rows: Annotated[int, typer.Option(min=1, help="How many of the shape's rows are new ones.")] = 6143,
+    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], typer.Option()] = "adamw",
+    quantise: Annotated[
+        Literal["none", "nf4"] | None, typer.Option(help="Hold frozen layers in 4 bits (default: as EEVE's stages do).")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows at a time (default: as many as fit).")] = None,
+    gradient_checkpointing: bool = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a few steps of each stage on random weights: tokens/s, peak memory, utilisation, where the time goes."""
+    from lingraft import api
+
+    chosen = {"optimizer": optimizer, "quantise": quantise, "micro_batch": micro_batch}
+    settings = {key: value for key, value in chosen.items() if value is not None}
+    with _progress_aside(as_json):
+        data = api.bench(
+            shape,
+            stage=stage,
+            dtype=dtype,
+            tokens=tokens,
+            steps=steps,
+            new_rows=new_rows,
+            settings={**settings, "gradient_checkpointing": gradient_checkpointing},
+        )
+    shown = data[0] if stage else {"stages": data}
+    typer.echo(json.dumps(shown, ensure_ascii=False, indent=1) if as_json else terminal.bench(data))
 
 
 @app.command()
@@ -298,7 +340,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. SIGTERM, with which schedulers end a job, is taken as Ctrl-C is."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 
@@ -327,7 +370,7 @@ def _cure(number: int) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    for line in message.split("\n"):
+    for line in message.split("\n") if processes.speaks() else ():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 

@@ -10,14 +10,13 @@ import torch
 
 from lingraft.errors import ModelError
 from lingraft.layout import Plan, Step
-from lingraft.model.dimensions import Dimensions
 from lingraft.recipe import Recipe, Stage, did_you_mean
 from lingraft.steps.shape import Shape
 from lingraft.steps.stage import stage_settings
 from lingraft.training.devices import DEVICES, Device, measured
 from lingraft.training.fit import Job, Way
 from lingraft.training.flops import flops_per_token
-from lingraft.training.memory import OPTIMIZER_BYTES, trained_values
+from lingraft.training.memory import BYTES, OPTIMIZER_BYTES, trained_values
 
 CARDS_GB = (16.0, 24.0, 48.0, 80.0)
 # What of a card's memory a run may fill: the driver, its libraries and gaps between blocks take the rest.
@@ -25,8 +24,6 @@ USABLE = 0.92
 # The share of the peak rate of matrix products that training is assumed to reach: of a card's data sheet, or of a plain
 # product on this machine. `lingraft bench` measures it.
 UTILISATION = {"cuda": 0.4, "cpu": 0.6}
-# Checkpoints on disk while one more is written (`lingraft.training.checkpoint`).
-CHECKPOINTS = 3
 GB = 1e9
 
 
@@ -51,7 +48,7 @@ class Rates:
 
 
 def rates(device: str | None) -> Rates:
-    """The rates of a card of the table, or of this machine's device, measured: `cpu`, or None for its GPU if it has one.
+    """The rates of a card of the table, or of this machine, measured: `cpu`, or None for its GPU if it has one.
 
     Raises:
         ModelError: no such device.
@@ -82,7 +79,7 @@ def forecast(
     """
     stage, recipe = step.stage, plan.recipe
     assert stage is not None
-    settings = stage_settings(recipe, stage, step.stage_index, shape.config.model_type)
+    settings = stage_settings(stage, shape.config.model_type, seed=recipe.seed)
     dims = shape.dims.grown(added_rows)
     new_rows = recipe.tokenizer.new_tokens if recipe.tokenizer else 0
     job = Job(
@@ -91,6 +88,7 @@ def forecast(
         new_rows,
         stage.sequence_length,
         device.kind,
+        mapped=device.kind == "cpu" and BYTES[stage.precision] == shape.stored_bytes,
         flops_per_second=device.utilisation * device.peak.rate(stage.precision),
         bytes_per_second=device.peak.bandwidth,
     )
@@ -99,7 +97,8 @@ def forecast(
     expected, origin = expected_tokens(plan, step, tokens)
     return {
         "trainable": trained,
-        "memory_gb": {part: size / GB for part, size in asdict(given.memory).items()} | {"peak": given.memory.peak / GB},
+        "memory_gb": {part: size / GB for part, size in asdict(given.memory).items()}
+        | {"peak": given.memory.peak / GB},
         "flops_per_token": flops_per_token(dims, settings, new_rows, stage.sequence_length).total,
         "assumed": device.assumption(stage.precision),
         "tokens_per_second": 1 / given.seconds,
@@ -108,7 +107,7 @@ def forecast(
         "seconds": None if expected is None else expected * given.seconds,
         "disk_gb": {
             "model": dims.parameters * shape.stored_bytes / GB,
-            "checkpoints": CHECKPOINTS * trained * (4 + OPTIMIZER_BYTES[settings.optimizer]) / GB,
+            "checkpoints": (settings.keep_checkpoints + 1) * trained * (4 + OPTIMIZER_BYTES[settings.optimizer]) / GB,
         },
         "cards": {f"{size:g}": _verdict(job.within(USABLE * size * GB), given) for size in memory_gb},
         "least": _verdict(job.smallest(), given),
@@ -148,11 +147,11 @@ def expected_tokens(plan: Plan, step: Step, tokens: dict[str, Any] | None) -> tu
 
 
 def _source_tokens(counts: dict[str, Any], compared: dict[str, Any]) -> dict[str, float]:
-    """About how many tokens each source has: its characters, at the rate that its held-out text has, or all together."""
-    rates_of = {**compared["sources"]}
+    """About how many tokens each source has: its characters, at the rate of its held-out text, or of all together."""
+    measured_on = compared["sources"]
     return {
         name: count["train"]["characters"]
-        * rates_of.get(name, compared["together"])["after"]["tokens_per_character"]
+        * measured_on.get(name, compared["together"])["after"]["tokens_per_character"]
         for name, count in counts.items()
     }
 
@@ -163,6 +162,8 @@ def _epoch(recipe: Recipe, stage: Stage, sizes: dict[str, float]) -> float:
     for key, sources in recipe.sources_for(stage).items():
         weights = {source.name: source.weight * sizes[source.name] for source in sources}
         for name, weight in weights.items():
-            shares[name] = shares.get(name, 0.0) + recipe.stage_data(stage)[key] * weight / max(sum(weights.values()), 1)
+            shares[name] = shares.get(name, 0.0) + recipe.stage_data(stage)[key] * weight / max(
+                sum(weights.values()), 1
+            )
     heaviest = max(sorted(shares), key=lambda name: shares[name])
     return sizes[heaviest] * sum(shares.values()) / shares[heaviest] if shares[heaviest] else 0.0

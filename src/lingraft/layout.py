@@ -18,7 +18,7 @@ from lingraft.artifact import Hashes, key_of, read_manifest
 from lingraft.errors import RunError
 from lingraft.model.load import is_tied, read_config
 from lingraft.presets import collapse
-from lingraft.recipe import Recipe, Stage
+from lingraft.recipe import HARMLESS_SETTINGS, Recipe, Stage
 from lingraft.recipe_file import load
 from lingraft.steps import corpus, embeddings, final, new_base, probe, scores, stage, tokenizer
 from lingraft.steps.base import Base, HubUnreachable, cache_folder, from_folder_or_hub
@@ -26,7 +26,6 @@ from lingraft.steps.context import Context, stage_folder
 from lingraft.steps.new_base import make_config
 
 RESULTS_VERSION = 1  # raise it when a step's results change for the same recipe and inputs
-HARMLESS_SETTINGS = frozenset({"checkpoint_seconds", "micro_batch"})  # they don't change what a stage learns
 
 State = Literal["done", "stale", "started", "pending"]
 Work = Callable[[Path, Path], dict[str, Any]]

@@ -15,6 +15,7 @@ from lingraft.artifact import publish, write_text
 from lingraft.errors import GateFailed, RecipeError, RunError
 from lingraft.evaluation.scoreboard import alarms
 from lingraft.layout import Plan, Step, make_plan
+from lingraft.processes import launched
 from lingraft.progress import say
 from lingraft.recipe import Recipe
 from lingraft.recipe_file import dump
@@ -99,6 +100,8 @@ def _announce(plan: Plan) -> None:
     miniature = " (a miniature world: its numbers say nothing about real medicine)" if recipe.miniature else ""
     say(f"{recipe.name}{miniature}", style="bold")
     say(f"  base {plan.base.label}, {recipe.languages.old} → {recipe.languages.target}, run folder {plan.run}")
+    if (count := launched()) > 1:
+        say(f"  {count} processes train together")
     for line in plan.collapsed:
         say(f"  {line}")
 

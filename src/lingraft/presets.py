@@ -70,6 +70,7 @@ INSTRUCTION: list[dict[str, Any]] = [
         "learning_rate": 2e-5,
         "clip": 0.3,
         "epochs": 3,
+        "keep": "best",
     },
 ]
 

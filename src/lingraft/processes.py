@@ -30,15 +30,20 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def size() -> int:
     """Processes that are at the same work now: one, except inside of `together`."""
-    return _launched() if _team is not None and _team.at_work else 1
+    return launched() if _team is not None and _team.at_work else 1
 
 
 def led(work: Callable[[], T]) -> T:
     """Do `work` in the first process while the others are at its call; its result is returned in all of them."""
     global _team
-    if _launched() == 1 or _team is not None:
+    if launched() == 1 or _team is not None:
         return work()
     _team = _Team()
     result: T = _team.lead(work) if rank() == 0 else _team.follow()
@@ -98,7 +103,8 @@ class _Team:
         return result
 
     def follow(self) -> Any:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler waits until the store answers
+        for number in (signal.SIGINT, signal.SIGTERM):  # Python's own handler waits until the store answers
+            signal.signal(number, signal.SIG_DFL)
         while True:
             news, what = self.hear()
             if news == "finished":
@@ -141,11 +147,6 @@ class _Team:
 
 
 _team: _Team | None = None
-
-
-def _launched() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _lost(error: RuntimeError) -> bool:

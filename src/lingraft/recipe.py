@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lingraft.errors import RecipeError
 from lingraft.evaluation.scoreboard import METRICS, parse_limit
@@ -37,6 +37,17 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+
+
+def _interval(value: float) -> float:
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError(f"{value:g} is neither a whole number of steps nor a share below 1")
+    return int(value)
+
+
+Interval = Annotated[float, Field(gt=0), AfterValidator(_interval)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PartShare = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -285,8 +296,15 @@ class Settings(Strict):
     betas: tuple[PartShare, PartShare] = (0.9, 0.95)
     clip: Positive = 1.0
     gradient_checkpointing: bool = True
+    parallel: Literal["ddp", "fsdp", "zero2"] = "ddp"
     checkpoint_seconds: Positive = 600
+    keep_checkpoints: Count = 2
     keep: Literal["last", "best"] = "last"
+    validate_every: Interval | None = None
+
+
+# Settings that don't change what a stage learns: a finished stage stays done when they change.
+HARMLESS_SETTINGS = frozenset({"checkpoint_seconds", "keep_checkpoints", "micro_batch", "parallel"})
 
 
 class Stage(Settings):
@@ -307,6 +325,10 @@ class Stage(Settings):
             raise ValueError("train.layers: lora and a lora section belong together; give both or neither")
         if self.epochs is not None and self.tokens is not None:
             raise ValueError("give epochs or tokens, not both")
+        if self.parallel != "ddp" and self.optimizer != "adamw":
+            raise ValueError(
+                f"parallel: {self.parallel} shares out the states of optimizer: adamw only; set it, or parallel: ddp"
+            )
         if self.train.layers == "all" and self.quantised != "none":
             raise ValueError("quantise holds frozen layers in 4 bits, and train.layers: all trains them; give one")
         return self
@@ -365,7 +387,7 @@ class Recipe(Strict):
             ]
         if self.tokenizer and self.base.scratch:
             faults.append("tokenizer: a base from scratch has its vocabulary under base.scratch.tokenizer")
-        faults = faults or list(_unmeasured_gates(self))
+        faults = faults or [*_unmeasured_gates(self), *_unmeasured_stages(self)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -440,9 +462,7 @@ def _unmeasured_gates(recipe: Recipe) -> Iterable[str]:
     """Gates that could only be found impossible after their stage has trained."""
     asked = {questions.language for questions in recipe.evaluate.questions}
     measured = {
-        source.language
-        for source in recipe.corpus.sources
-        if source.format == "text" and (recipe.corpus.held_out if source.held_out is None else source.held_out) > 0
+        source.language for source in recipe.corpus.sources if source.format == "text" and _held_out(recipe, source) > 0
     }
     for i, stage in enumerate(recipe.stages):
         for key in stage.gate:
@@ -453,6 +473,20 @@ def _unmeasured_gates(recipe: Recipe) -> Iterable[str]:
                 yield f"stages[{i}].gate.{key}: evaluate.questions has no set in that language; add one"
             elif metric == "bpb_rise" and language not in measured:
                 yield f"stages[{i}].gate.{key}: no text in that language is held out; add some or remove the gate"
+
+
+def _unmeasured_stages(recipe: Recipe) -> Iterable[str]:
+    """Stages that ask for a validation loss where nothing of their data is held out."""
+    for i, stage in enumerate(recipe.stages):
+        asks = "keep: best" if stage.keep == "best" else "validate_every" if stage.validate_every else None
+        data = (source for sources in recipe.sources_for(stage).values() for source in sources)
+        if asks and not any(_held_out(recipe, source) > 0 for source in data):
+            yield f"stages[{i}].{asks} needs held-out documents of the stage's own data; set held_out of a source"
+
+
+def _held_out(recipe: Recipe, source: Source) -> float:
+    """The part of a source's documents that is set aside."""
+    return recipe.corpus.held_out if source.held_out is None else source.held_out
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from lingraft.artifact import write_json
 from lingraft.evaluation.scoreboard import gate_checks
 from lingraft.layout import Plan, Step
 from lingraft.report import write as write_report
+from lingraft.report.summary import kept_loss
 from lingraft.steps.report import report_data
 
 
@@ -42,7 +43,8 @@ def summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
     if "tokens_per_second" in results:
         return [
             f"  {results['trains']}: loss {results['first_loss']:.3f} → {results['last_loss']:.3f}, "
-            f"{results['tokens']:,} tokens in {seconds:.0f} s ({results['tokens_per_second']:,.0f}/s); "
+            + _validated(results)
+            + f"{results['tokens']:,} tokens in {seconds:.0f} s ({results['tokens_per_second']:,.0f}/s); "
             f"{results['unchanged_tensors']} tensors proven unchanged",
             *(
                 [f"  {results['chats_left_out']:,} chats left out: longer than sequence_length"]
@@ -51,6 +53,14 @@ def summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
             ),
         ]
     return []
+
+
+def _validated(results: dict[str, Any]) -> str:
+    loss = kept_loss(results)
+    if loss is None:
+        return ""
+    best = f" (the best, after step {results['kept_step']:,} of {results['steps']:,})"
+    return f"validation {loss:.3f}{best if results['keep'] == 'best' else ''}, "
 
 
 def headline(entry: dict[str, Any]) -> str:

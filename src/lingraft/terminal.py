@@ -51,7 +51,7 @@ def plan(data: dict[str, Any]) -> str:
     return "\n".join([*head, "", table(steps, "  "), "", table(stages, "  "), *forecast, *economics])
 
 
-_MEMORY_PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "loss", "peak")
+_MEMORY_PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "layer", "loss", "peak")
 # Changes of a recipe as they are named in the table of cards, and below it.
 _CHANGES = {
     "micro_batch": "one row",
@@ -87,7 +87,7 @@ def _forecast(data: dict[str, Any]) -> str:
     legend = "; ".join(f"{_CHANGES[key].format('…')} is {key}: {_yaml(key, value)}" for key, value in used.items())
     unknown = {s["expected_from"] for s in stages if s["expected_tokens"] is None}
     lines = [
-        "memory of training, GB, one row at a time where micro_batch is auto (images' towers are not loaded)",
+        "memory of training, GB, one row at a time where micro_batch is auto; a layer and the loss work in turn",
         table(memory, "  "),
         "",
         *(f"time at {assumed}" for assumed in dict.fromkeys(s["assumed"] for s in stages)),
@@ -121,6 +121,41 @@ def _changed(way: dict[str, Any] | None) -> list[tuple[str, Any]]:
 
 def _yaml(key: str, value: Any) -> str:
     return "…" if key == "sequence_length" else str(value).lower()
+
+
+def bench(stages: Sequence[dict[str, Any]]) -> str:
+    """What `lingraft bench` shows: for each stage its speed, its memory, and where its time went."""
+    first = stages[0]
+    head = f"{first['shape']}, {first['dtype']}, {first['tokens_per_step']:,} tokens a step, on {first['device']}"
+    rows: list[Row] = [("", "tokens/s", "utilisation", "peak GB", "predicted", "weights GB", *_BENCH_PARTS)]
+    for s in stages:
+        parts = (f"{s['seconds'][part] / s['seconds_per_step']:.0%}" for part in _BENCH_PARTS.values())
+        rows.append(
+            (
+                f"{s['stage']} {s['name']}",
+                f"{s['tokens_per_second']:,.1f}",
+                f"{s['matmul_utilisation']:.0%}",
+                *(f"{s[key]:.2f}" for key in ("peak_memory_gb", "predicted_memory_gb", "weights_gb")),
+                *parts,
+            )
+        )
+    slowest, fastest = (pick(s["matmul_gflops_per_second"] for s in stages) for pick in (min, max))
+    return "\n".join(
+        [
+            head,
+            table(rows, "  "),
+            f"  utilisation: products needed, against a plain one that ran at {slowest:,.0f} to {fastest:,.0f} GFLOP/s",
+        ]
+    )
+
+
+_BENCH_PARTS = {
+    "data": "data",
+    "trunk forward": "trunk_forward",
+    "loss": "loss",
+    "trunk backward": "trunk_backward",
+    "optimizer": "optimizer",
+}
 
 
 def tokens(data: dict[str, Any]) -> str:

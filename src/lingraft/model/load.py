@@ -181,6 +181,7 @@ def load(
     mismatched = list(info["mismatched_keys"])
     if mismatched:
         raise ModelError(f"{folder}: the shape of {mismatched[0][0]} does not fit config.json; fetch the model again")
+    _keep_packing(model)
     return model.eval()
 
 
@@ -239,6 +240,15 @@ def _nf4(folder: Path, compute: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=[f"{re.escape(name)}$" for name in _unquantised(blank(folder))],
     )
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights as they are. On a CPU with bfloat16 instructions, bitsandbytes packs them otherwise and rounds
+    their scales when they are first used in evaluation mode: what trains over them then trains over other weights."""
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unquantised(model: PreTrainedModel) -> Iterator[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
+from typing import Any
 
 from lingraft.report.numbers import count, decimals, interval, is_number, percent, percent_interval
 
@@ -172,13 +173,30 @@ def line_chart(
     return replace(chart, logarithmic=logarithmic)
 
 
-def loss_chart(title: str, pairs: Sequence[Sequence[float]]) -> LineChart | None:
-    """The loss curve of one stage on its own scale, or None where nothing finite was logged."""
-    points = [Point(step, loss, f"step {count(step)}: loss {decimals(loss)}") for step, loss in thin(pairs)]
+def loss_chart(title: str, stage: Mapping[str, Any]) -> LineChart | None:
+    """The loss curves of one stage on their own scale, or None where nothing finite was logged.
+
+    `stage` holds "loss" and, where they were measured, "validation" as pairs of step and loss; "kept_step", which is
+    marked, and "first_spikes", see `lingraft.steps.stage`.
+    """
+    points = [Point(x, loss, f"step {count(x)}: loss {decimals(loss)}") for x, loss in thin(stage.get("loss") or [])]
     if not points:
         return None
-    series = [Series("loss", "loss", points)]
-    first, last = points[0].x, max(points[-1].x, points[0].x + 1)
+    spikes = [
+        Point(
+            s["step"], s["loss"], f"step {count(s['step'])}: loss {decimals(s['loss'])}, usual {decimals(s['usual'])}"
+        )
+        for s in stage.get("first_spikes") or []
+    ]
+    series = [Series("training", "loss", points, spikes)]
+    validation = [
+        Point(step, loss, f"after step {count(step)}: validation loss {decimals(loss)}")
+        for step, loss in stage.get("validation") or []
+    ]
+    if validation:
+        kept = [replace(p, title=f"{p.title}, kept") for p in validation if p.x == stage.get("kept_step")]
+        series.append(Series("validation, the kept state marked", "validation", validation, kept))
+    first, last = points[0].x, max(points[0].x + 1, *(p.x for line in series for p in (*line.points, *line.marks)))
     whole = (x for x in nice_ticks(first, last, 4) if first <= x <= last and x == int(x))
     x_ticks = [Tick(x, count(x)) for x in whole]
     return _draw(title, series, (first, last), x_ticks, _number_ticks(series), width=300, height=170, dodge=0)
@@ -212,8 +230,9 @@ def _savings_series(name: str, style: str, curve: dict) -> Series:
 
 
 def _values(series: Sequence[Series]) -> list[float]:
-    """Every value and whisker end."""
-    return [value for line in series for point in line.points for value in (point.y, *(point.ends or ()))]
+    """Every value, mark and whisker end."""
+    points = (point for line in series for point in (*line.points, *line.marks))
+    return [value for point in points for value in (point.y, *(point.ends or ()))]
 
 
 def _is_wide(series: Sequence[Series]) -> bool:

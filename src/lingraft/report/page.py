@@ -45,6 +45,7 @@ def _environment() -> Environment:
         percent_interval=numbers.percent_interval,
         relative_change=numbers.relative_change,
         signed=numbers.signed,
+        kept_loss=summary.kept_loss,
         set_title=summary.set_title,
     )
     return environment
@@ -86,7 +87,7 @@ def _set_styles(data: dict) -> dict[str, str]:
 
 def _charts(data: dict) -> dict[str, Any]:
     losses = [
-        charts.loss_chart(f"{number}. {stage.get('title') or stage.get('name')}", stage.get("loss") or [])
+        charts.loss_chart(f"{number}. {stage.get('title') or stage.get('name')}", stage)
         for number, stage in enumerate(data.get("stages") or [], start=1)
     ]
     board = data.get("scoreboard") or []

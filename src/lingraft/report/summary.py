@@ -85,6 +85,11 @@ def token_entries(compared: dict) -> dict[str, dict]:
     return {**compared["sources"], **together}
 
 
+def kept_loss(stage: dict) -> float | None:
+    """The validation loss of the state that a stage ended with; None where it was not measured."""
+    return dict(stage.get("validation") or []).get(stage.get("kept_step"))
+
+
 def first_and_last(data: dict, part: str, key: str) -> tuple[dict, dict]:
     """The base's and the latest numbers of one language or question set; empty where it was not measured."""
     before, after = ((data["scoreboard"][end].get(part) or {}).get(key) or {} for end in (0, -1))

@@ -18,7 +18,7 @@ from lingraft.errors import CorpusError
 from lingraft.model.load import TOKENIZER_FILES, load_tokenizer
 from lingraft.progress import track
 from lingraft.prompts import encode_chat
-from lingraft.recipe import Stage
+from lingraft.recipe import Recipe, Source, Stage
 from lingraft.steps.context import Context
 from lingraft.training.batches import Batches
 from lingraft.training.settings import StageSettings
@@ -27,6 +27,8 @@ from lingraft.training.tokens import Documents, Encoded, Tokens, lengths_of, no_
 TOKENS_VERSION = 1  # raise it when the same text and tokenizer give other tokens, or lie on disk in another way
 # Enough text for all of the tokenizer's threads to be busy; its encodings take a few hundred bytes a token.
 BLOCK_CHARACTERS = 1_000_000
+# Of a validation, at most: about the time of one optimiser step of a full-size stage, which has backward passes too.
+VALIDATION_TOKENS = 100_000
 
 
 def make_batches(
@@ -46,44 +48,74 @@ def make_batches(
     Returns:
         The batches, and how many chats were left out.
     """
-    recipe = context.recipe
     tokenizer = load_tokenizer(folder)
-    groups: dict[str, Documents] = {}
-    shares: dict[str, float] = {}
-    left_out = 0
-    for key, sources in recipe.sources_for(stage).items():
-        sizes: dict[str, float] = {}
-        for source in sources:
-            documents = cut(training_tokens(context, source.name, folder, tokenizer))
-            if source.format != "text":
-                count = len(documents)
-                documents = no_longer_than(documents, stage.sequence_length)
-                left_out += count - len(documents)
-            if len(documents):
-                groups[source.name] = documents
-                sizes[source.name] = source.weight * int(lengths_of(documents).sum())
-        if not sizes:
+    mixture = _Mixture(context.recipe, stage)
+    for key, sources in context.recipe.sources_for(stage).items():
+        if not mixture.add(key, ((s, cut(training_tokens(context, s.name, folder, tokenizer))) for s in sources)):
             raise CorpusError(
                 f"stage {stage.name}: nothing to train on from {key!r}: it has no document, or only chats longer than "
                 f"sequence_length {stage.sequence_length}; raise sequence_length or change data"
             )
+    return mixture.batches(settings, tokenizer, stage.tokens, stage.epochs), mixture.left_out
+
+
+def validation_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> Batches:
+    """Held-out documents in the stage's mixture: each of the largest group once, or about `VALIDATION_TOKENS`.
+
+    Raises:
+        CorpusError: the stage's data has none.
+    """
+    tokenizer = load_tokenizer(folder)
+    mixture = _Mixture(context.recipe, stage)
+    for key, sources in context.recipe.sources_for(stage).items():
+        mixture.add(key, ((s, list(encode(context.corpus, "held-out", s.name, tokenizer))) for s in sources))
+    if not mixture.groups:
+        raise CorpusError(
+            f"stage {stage.name}: there are no held-out documents of its data to validate on; raise corpus.held_out, "
+            "or set keep: last and no validate_every"
+        )
+    return mixture.batches(settings, tokenizer, VALIDATION_TOKENS, epochs=1)
+
+
+class _Mixture:
+    """Documents by source, as they come together for a stage: `groups`, their weights, and the chats left out."""
+
+    def __init__(self, recipe: Recipe, stage: Stage) -> None:
+        self.recipe, self.stage = recipe, stage
+        self.groups: dict[str, Documents] = {}
+        self.shares: dict[str, float] = {}
+        self.left_out = 0
+
+    def add(self, key: str, sources: Iterable[tuple[Source, Documents]]) -> bool:
+        """Share the weight of a key of the stage's data among its sources; whether they have any document."""
+        sizes: dict[str, float] = {}
+        for source, documents in sources:
+            if source.format != "text":
+                whole = no_longer_than(documents, self.stage.sequence_length)
+                self.left_out += len(documents) - len(whole)
+                documents = whole
+            if len(documents):
+                self.groups[source.name] = documents
+                sizes[source.name] = source.weight * int(lengths_of(documents).sum())
         for name, size in sizes.items():
-            share = recipe.stage_data(stage)[key] * size / sum(sizes.values())
-            shares[name] = shares.get(name, 0.0) + share
-    pad = tokenizer.pad_token_id
-    batches = Batches(
-        groups,
-        shares,
-        sequence_length=stage.sequence_length,
-        rows_per_step=settings.rows_per_step,
-        packing=settings.packing,
-        pad=0 if pad is None else pad,
-        bos=tokenizer.bos_token_id,
-        seed=settings.seed,
-        budget_tokens=stage.tokens,
-        epochs=stage.epochs,
-    )
-    return batches, left_out
+            share = self.recipe.stage_data(self.stage)[key] * size / sum(sizes.values())
+            self.shares[name] = self.shares.get(name, 0.0) + share
+        return bool(sizes)
+
+    def batches(self, settings: StageSettings, tokenizer: Any, tokens: int | None, epochs: float | None) -> Batches:
+        pad = tokenizer.pad_token_id
+        return Batches(
+            self.groups,
+            self.shares,
+            sequence_length=self.stage.sequence_length,
+            rows_per_step=settings.rows_per_step,
+            packing=settings.packing,
+            pad=0 if pad is None else pad,
+            bos=tokenizer.bos_token_id,
+            seed=settings.seed,
+            budget_tokens=tokens,
+            epochs=epochs,
+        )
 
 
 def training_tokens(context: Context, source: str, folder: Path, tokenizer: Any) -> Tokens:

@@ -29,6 +29,11 @@ class Context:
     def tokenizer(self) -> Path:
         return self.run / "02-tokenizer"
 
+    @property
+    def events(self) -> Path:
+        """For TensorBoard, a folder a stage."""
+        return self.run / "tensorboard"
+
     def texts(self, part: Part, language: str, limit: int | None = None) -> Iterator[str]:
         """Plain texts of a language from the corpus step, a document of each source in turn until all are read."""
         readers = [

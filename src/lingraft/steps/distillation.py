@@ -15,7 +15,7 @@ from lingraft.model.load import input_matrix, load, load_tokenizer, read_config,
 from lingraft.recipe import Distillation, Recipe, Stage, Trains
 from lingraft.steps.batches import encode, make_batches
 from lingraft.steps.context import Context, grafted_pieces
-from lingraft.steps.stage import stage_settings
+from lingraft.steps.stage import stage_seed, stage_settings
 from lingraft.training.batches import Batches, MicroBatch, to_micro_batch, together
 from lingraft.training.settings import StageSettings
 from lingraft.training.stage import run_stage
@@ -27,7 +27,8 @@ CHECKED_TEXTS = 64  # held-out texts on which the hidden states are compared
 
 def distillation_stage(recipe: Recipe, settings: Distillation) -> Stage:
     """The pass as a training stage: new input rows alone, on target text, otherwise as `training` says."""
-    shared = recipe.training.model_dump(exclude={"epochs", "tokens", "learning_rate", "embedding_learning_rate"})
+    own = {"epochs", "tokens", "learning_rate", "embedding_learning_rate", "keep", "validate_every"}
+    shared = recipe.training.model_dump(exclude=own)
     return Stage(
         **shared,
         name="token-distillation",
@@ -54,7 +55,9 @@ class TokenDistillation:
         self._lengths_V[self.new_ids] = [len(ids) for ids in self.old_ids]
         stage = distillation_stage(context.recipe, settings)
         self._sequence_length = stage.sequence_length
-        self.settings: StageSettings = stage_settings(stage, read_config(folder).model_type, stage_seed(context.recipe, 0))
+        self.settings: StageSettings = stage_settings(
+            stage, read_config(folder).model_type, stage_seed(context.recipe, 0)
+        )
         self.batches: Batches = make_batches(context, stage, self.settings, folder, self._cut)[0]
         self._held_out = self._held_out_batches(context, stage.batch_size)
 
@@ -105,7 +108,14 @@ def run(context: Context, settings: Distillation, source: Path, out: Path, work:
     distillation = TokenDistillation(context, settings, source)
     before = _loaded(source, distillation.figures)
     result = run_stage(
-        source, out, work, distillation.settings, distillation.batches, distillation.new_ids, distillation.loss
+        source,
+        out,
+        work,
+        distillation.settings,
+        distillation.batches,
+        distillation.new_ids,
+        distillation.loss,
+        events=context.events / "03-embeddings",
     )
     log = result.loop.log
     every = max(1, len(log) // 100)

@@ -36,7 +36,7 @@ from lingraft.model.load import (
 )
 from lingraft.model.surgery import open_checkpoint, vocabulary_rows
 from lingraft.progress import say
-from lingraft.recipe import Distillation, Embeddings, Recipe, Stage, Trains
+from lingraft.recipe import HARMLESS_SETTINGS, Distillation, Embeddings, Recipe, Stage, Trains
 from lingraft.report.comparison import write as write_page
 from lingraft.steps import embeddings
 from lingraft.steps.batches import make_batches
@@ -44,7 +44,7 @@ from lingraft.steps.context import Context, grafted_pieces
 from lingraft.steps.distillation import TokenDistillation
 from lingraft.steps.rows import initial_rows, plain_rows
 from lingraft.steps.scores import BATCH_TOKENS
-from lingraft.steps.stage import stage_settings
+from lingraft.steps.stage import stage_seed, stage_settings
 from lingraft.training.batches import Batches
 from lingraft.training.settings import StageSettings
 from lingraft.training.stage import train_rows
@@ -158,6 +158,8 @@ def probe_stage(recipe: Recipe, steps: int) -> Stage:
             "lora": None,
             "gate": {},
             "epochs": None,
+            "keep": "last",
+            "validate_every": None,
             "tokens": steps * rows * model.sequence_length,
         }
     )
@@ -182,9 +184,9 @@ class _Bench:
         assert tokenizer is not None, "the tokenizer step comes first"
         self.depends = {
             "tokenizer": tokenizer["key"],
-            "stage": self.stage.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+            "stage": self.stage.model_dump(mode="json", exclude=set(HARMLESS_SETTINGS)),
             "data": self.recipe.stage_data(self.stage),
-            "training": self.recipe.training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+            "training": self.recipe.training.model_dump(mode="json", exclude=set(HARMLESS_SETTINGS)),
             "evaluate": self.recipe.evaluate.model_dump(mode="json", exclude={"questions", "generation"}),
             "files": embeddings.inputs(self.recipe, Hashes(None)),
             "seed": self.recipe.seed,
@@ -230,7 +232,7 @@ class _Bench:
 
     @cached_property
     def settings(self) -> StageSettings:
-        return stage_settings(self.recipe, self.stage, 0, read_config(self.start).model_type)
+        return stage_settings(self.stage, read_config(self.start).model_type, stage_seed(self.recipe, 0))
 
     @cached_property
     def batches(self) -> Batches:

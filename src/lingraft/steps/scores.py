@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from lingraft.artifact import Hashes, write_json
+from lingraft.errors import ModelError
 from lingraft.evaluation.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from lingraft.evaluation.generation import generate_checks
 from lingraft.evaluation.multiple_choice import multiple_choice
@@ -23,7 +25,11 @@ UNIGRAM_TEXTS = 5000
 
 
 def run(context: Context, folder: Path, step: str, title: str, out: Path) -> dict[str, Any]:
-    """Measure the checkpoint `folder` and write its entry to `out/scores.json`."""
+    """Measure the checkpoint `folder` and write its entry to `out/scores.json`.
+
+    Raises:
+        ModelError: weights that are not finite.
+    """
     begin = time.monotonic()
     recipe = context.recipe
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,9 +43,13 @@ def run(context: Context, folder: Path, step: str, title: str, out: Path) -> dic
         if not texts:
             continue
         span = recipe.evaluate.span_bytes
-        languages[language] = bits_per_byte(
-            model, tokenizer, texts, span_bytes=span, batch_tokens=BATCH_TOKENS, device=device
-        ) | {
+        measured = bits_per_byte(model, tokenizer, texts, span_bytes=span, batch_tokens=BATCH_TOKENS, device=device)
+        if not math.isfinite(measured["bits_per_byte"]):
+            raise ModelError(
+                f"{folder}: the model needs {measured['bits_per_byte']} bits per byte of held-out {language} text, so "
+                f"weights of it are not finite; see which with: lingraft doctor {folder}, then fetch or make it again"
+            )
+        languages[language] = measured | {
             "unigram_bits_per_byte": unigram_bits_per_byte(
                 tokenizer, list(context.texts("train", language, UNIGRAM_TEXTS)), texts, span_bytes=span
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class Shape:
             ModelError: the base can't be reached, or no shape has that name.
         """
         if named is not None:
-            return cls(*_configured(plan, _named(named)), f"the shape {named} stands in for the base")
+            return cls(*_configured(plan, config_of(named)), f"the shape {named} stands in for the base")
         try:
             return cls(*_configured(plan, base_config(plan)))
         except ModelError as error:
@@ -89,11 +90,18 @@ def _configured(plan: Plan, config: Any) -> tuple[Any, Dimensions]:
     return config, dimensions(config, tied=plan.tied)
 
 
-def _named(shape: str) -> Any:
-    if shape not in SHAPES:
-        known = ", ".join(SHAPES)
-        raise ModelError(f"--shape: no shape is called {shape!r}{did_you_mean(shape, SHAPES)}; known: {known}")
-    return named_config(shape)
+def config_of(shape: str) -> Any:
+    """The configuration of a named shape, or of a model's folder.
+
+    Raises:
+        ModelError: no such shape or folder.
+    """
+    if shape in SHAPES:
+        return named_config(shape)
+    if (folder := Path(shape)).is_dir():
+        return read_config(folder)
+    known = ", ".join(SHAPES)
+    raise ModelError(f"--shape: no shape is called {shape!r}{did_you_mean(shape, SHAPES)}; known: {known}")
 
 
 def base_config(plan: Plan) -> Any:

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lingraft.artifact import write_json
 from lingraft.families import family
 from lingraft.model.load import read_config
+from lingraft.processes import together
 from lingraft.recipe import Recipe, Stage
-from lingraft.steps.batches import make_batches
+from lingraft.steps.batches import make_batches, validation_batches
 from lingraft.steps.context import Context, new_token_ids
 from lingraft.training.settings import LoraSettings, StageSettings
-from lingraft.training.stage import run_stage
+from lingraft.training.stage import Learnt, train_stage, write_stage
+from lingraft.training.watch import LOG, Entry, named, reset_peak_memory
 
 LOGGED_POINTS = 400
+LISTED_SPIKES = 20
 
 
 def run(context: Context, stage: Stage, index: int, source: Path, out: Path, work: Path) -> dict[str, Any]:
     """Train the stage; returns its log and proofs for the manifest."""
-    recipe = context.recipe
-    settings = stage_settings(stage, read_config(source).model_type, stage_seed(recipe, index))
-    new_ids = new_token_ids(source)
-    batches, left_out = make_batches(context, stage, settings, source)
-    result = run_stage(
-        source,
-        out,
-        work,
-        settings,
-        batches,
-        new_ids,
-    )
+    settings = stage_settings(stage, read_config(source).model_type, stage_seed(context.recipe, index))
+    learnt, left_out = together(_train, context, stage, settings, source, work)
+    result = write_stage(source, out, learnt, new_token_ids(source))
     log = result.loop.log
-    write_json(out / "log.json", log)
+    shutil.copyfile(work / LOG, out / LOG)
     every = max(1, len(log) // LOGGED_POINTS)
+    spikes = [_spike(entry) for entry in log if "spike" in entry]
     return {
         "trains": settings.trains,
         "trainable": result.trainable,
@@ -45,15 +40,43 @@ def run(context: Context, stage: Stage, index: int, source: Path, out: Path, wor
         "steps": result.loop.steps,
         "chats_left_out": left_out,
         "seconds": result.loop.seconds,
-        "tokens_per_second": result.loop.tokens / max(result.loop.seconds, 1e-9),
+        "seconds_by_part": result.loop.seconds_by_part,
+        "tokens_per_second": result.loop.tokens_per_second,
         "peak_memory_gb": result.loop.peak_memory_gb,
         "loss": [[entry["step"], entry["loss"]] for entry in log[::every]],
         "first_loss": log[0]["loss"],
         "last_loss": float(np.mean([entry["loss"] for entry in log[-10:]])),
+        "validation": [[entry["step"], entry["validation_loss"]] for entry in log if "validation_loss" in entry],
+        "keep": settings.keep,
+        "kept_step": result.loop.kept_step,
+        "spikes": len(spikes),
+        "first_spikes": spikes[:LISTED_SPIKES],
         "changed_tensors": result.proof.changed,
         "unchanged_tensors": result.proof.unchanged,
         "merge_error": result.proof.merge_error,
     }
+
+
+def _spike(entry: Entry) -> dict[str, Any]:
+    spike = entry["spike"]
+    return {"step": entry["step"], "loss": entry["loss"], "usual": spike["usual"], "read": named(spike["documents"])}
+
+
+def _train(context: Context, stage: Stage, settings: StageSettings, source: Path, work: Path) -> tuple[Learnt, int]:
+    """What every process of the run does for the stage; returns also how many chats were left out."""
+    batches, left_out = make_batches(context, stage, settings, source)
+    validation = validation_batches(context, stage, settings, source) if settings.validates else None
+    reset_peak_memory()
+    learnt = train_stage(
+        source,
+        work,
+        settings,
+        batches,
+        new_token_ids(source),
+        validation=validation,
+        events=context.events / work.name,
+    )
+    return learnt, left_out
 
 
 def stage_settings(stage: Stage, model_type: str, seed: int) -> StageSettings:
@@ -88,8 +111,11 @@ def stage_settings(stage: Stage, model_type: str, seed: int) -> StageSettings:
         betas=stage.betas,
         clip=stage.clip,
         gradient_checkpointing=stage.gradient_checkpointing,
+        parallel=stage.parallel,
         checkpoint_seconds=stage.checkpoint_seconds,
+        keep_checkpoints=stage.keep_checkpoints,
         keep=stage.keep,
+        validate_every=stage.validate_every,
         seed=seed,
     )
 

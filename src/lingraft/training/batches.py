@@ -27,10 +27,12 @@ from torch import Tensor
 from lingraft.training.tokens import Documents, Encoded, cut, lengths_of
 
 IGNORED = -100
-# Rows that the next document may go into; the fullest ones are closed first.
+# Rows that the next document may go into; the oldest of more are closed, which are the fullest.
 OPEN_ROWS = 16
 # Documents that find no room in a step before it is closed. They begin the next one.
 LOOKAHEAD = 32
+# Share of a micro-batch that may be padding. Without a bound, long and short rows that stand alone share one: a third.
+MOST_PADDING = 0.2
 # Steps whose tensors are made while the device works on the one before.
 STEPS_AHEAD = 2
 
@@ -151,11 +153,14 @@ def to_micro_batch(rows: Sequence[Sequence[Encoded]], pad: int) -> MicroBatch:
     place_BT = np.broadcast_to(np.arange(lengths_B.max()), (len(rows), lengths_B.max()))
     filled_BT = place_BT < lengths_B
     ids_BT, labels_BT, positions_BT = np.full_like(place_BT, pad), np.full_like(place_BT, IGNORED), place_BT - lengths_B
-    for whole_BT, values_N in ((ids_BT, ids_N), (labels_BT, labels_N), (positions_BT, positions_N)):
-        whole_BT[filled_BT] = values_N
-    origins = tuple(document.origin for document in documents)
-    tensors = (torch.from_numpy(whole_BT) for whole_BT in (ids_BT, labels_BT, positions_BT))
-    return MicroBatch(*tensors, origins=origins, size=len(ids_N))
+    ids_BT[filled_BT], labels_BT[filled_BT], positions_BT[filled_BT] = ids_N, labels_N, positions_N
+    return MicroBatch(
+        torch.from_numpy(ids_BT),
+        torch.from_numpy(labels_BT),
+        torch.from_numpy(positions_BT),
+        origins=tuple(document.origin for document in documents),
+        size=len(ids_N),
+    )
 
 
 def row_length(row: Sequence[Encoded]) -> int:
@@ -164,13 +169,17 @@ def row_length(row: Sequence[Encoded]) -> int:
 
 
 def together(rows: Iterable[Sequence[Encoded]], tokens: int) -> Iterator[list[Sequence[Encoded]]]:
-    """Rows that go through the model at a time: the longest first, neighbours in length, at most `tokens` padded."""
+    """Rows that go through the model at a time: the longest first, at most `tokens` with their padding."""
     group: list[Sequence[Encoded]] = []
+    used = 0
     for row in sorted(rows, key=row_length, reverse=True):
-        if group and (len(group) + 1) * row_length(group[0]) > tokens:
+        length = row_length(row)
+        padded = (len(group) + 1) * row_length(group[0] if group else row)
+        if group and (padded > tokens or used + length < (1 - MOST_PADDING) * padded):
             yield group
-            group = []
+            group, used = [], 0
         group.append(row)
+        used += length
     if group:
         yield group
 
@@ -183,7 +192,7 @@ class Batches:
         sequence_length: tokens of a row; rows_per_step: full rows of one optimiser step.
         packing: several documents share a row; without it a step's same documents have a row each.
         bos: begins the pieces of a document that is cut; None where the tokenizer has none.
-        budget_tokens: tokens of the stage; None takes `epochs` passes over the heaviest group.
+        budget_tokens, epochs: tokens of the stage, or passes over the heaviest group; the shorter where both are given.
     """
 
     def __init__(
@@ -205,14 +214,16 @@ class Batches:
         self._groups = [cut(groups[name], sequence_length, bos) for name in names]
         lengths = [lengths_of(documents) for documents in self._groups]
         self._firsts = np.cumsum([0, *map(len, lengths)])
-        if budget_tokens is None:
-            budget_tokens = math.ceil(epoch_tokens(lengths, weights) * (epochs or 1))
-        order_P = mixture(lengths, weights, budget_tokens, seed)
+        epoch = epoch_tokens(lengths, weights)
+        asked = [budget_tokens, epochs and math.ceil(epochs * epoch)]
+        budget = min((tokens for tokens in asked if tokens), default=epoch)
+        order_P = mixture(lengths, weights, budget, seed)
         lengths_P = np.concatenate(lengths)[order_P]
         places = pack(lengths_P, sequence_length, rows_per_step)
         self._documents_P = order_P[places.order_P]
         self._row_P, self._starts_S = places.row_P, places.starts_S
         self.tokens = int(lengths_P.sum())
+        self.epochs = budget / max(epoch, 1)
         self.sequence_length, self.packing, self.pad = sequence_length, packing, pad
 
     def __len__(self) -> int:

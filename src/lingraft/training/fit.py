@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from lingraft.model.dimensions import Dimensions
-from lingraft.training.flops import flops_per_token, seconds_per_token
+from lingraft.training.flops import seconds_per_token
 from lingraft.training.memory import Memory, passes_back, stage_memory
 from lingraft.training.settings import StageSettings
 
@@ -28,7 +28,7 @@ class Way:
 class Job:
     """A stage on a model, at the rates (FLOP/s, bytes/s) that matrix products and memory traffic are expected to have.
 
-    settings.micro_batch None stands for whatever fits: a row at a time is counted.
+    settings.micro_batch None stands for whatever fits: a row at a time is counted. device, mapped: see `stage_memory`.
     """
 
     dims: Dimensions
@@ -36,6 +36,7 @@ class Job:
     new_rows: int
     sequence_length: int
     device: str
+    mapped: bool
     flops_per_second: float
     bytes_per_second: float
 
@@ -47,7 +48,7 @@ class Job:
         micro_batch = settings.micro_batch or 1
         return Way(
             changes,
-            stage_memory(*shape, micro_batch, self.device),
+            stage_memory(*shape, micro_batch, device=self.device, mapped=self.mapped),
             seconds_per_token(
                 *shape,
                 micro_batch,

@@ -1,4 +1,4 @@
-"""The training loop, the only one: read → loss → clip → step → log → save.
+"""The training loop, the only one: read → loss → clip → step → validate → log → save.
 
 Every method is a choice of trainable parameters, data and loss for this loop. The gradient of an optimiser step is
 the mean over all tokens that the step learns, however they are split into micro-batches and processes.
@@ -6,43 +6,71 @@ the mean over all tokens that the step learns, however they are split into micro
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from lingraft.errors import TrainingError
 from lingraft.progress import bar, say
 from lingraft.training import checkpoint
-from lingraft.training.batches import IGNORED, Batches, MicroBatch
+from lingraft.training.batches import Batches, MicroBatch
+from lingraft.training.devices import wait
 from lingraft.training.micro_batch import choose_micro_batch
-from lingraft.training.optimizer import clip_gradients, make_optimizer
+from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
-
-WATCH_AFTER_STEPS = 20
+from lingraft.training.validation import Best, validation_steps
+from lingraft.training.watch import LOG, Entry, LossWatch, StageLog, peak_memory_gb
 
 
 @dataclass
 class LoopResult:
-    """What the loop saw: one log entry a step, and its speed."""
+    """What the loop saw.
 
-    log: list[dict[str, float]]
-    steps: int
-    tokens: int
-    seconds: float
+    log: an entry for each step, counted from 1: `loss` (mean over its learnt tokens), `lr/<group>`, `gradient_norm`
+        (before clipping), `tokens`, `tokens_per_second`, `seconds/<part>`, `peak_memory_gb` (so far); where they were
+        measured or seen, `validation_loss` and `spike`.
+    kept_step: after how many steps the parameters were as they are now: the last, or the best (`keep`).
+    """
+
+    log: list[Entry]
+    kept_step: int
     peak_memory_gb: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.log)
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(entry["tokens"] for entry in self.log))
+
+    @property
+    def seconds_by_part(self) -> dict[str, float]:
+        """Seconds of all steps, those before a resume too, each measured until the device was done.
+
+        data: waited for micro-batches; gradients: forward and backward passes, and the gradients' norm; update: the
+        optimiser's step; validation. Checkpoints are in none of them.
+        """
+        parts = ("data", "gradients", "update", "validation")
+        return {part: sum(entry.get(f"seconds/{part}", 0.0) for entry in self.log) for part in parts}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_by_part.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate of training, validation left out."""
+        return self.tokens / (self.seconds - self.seconds_by_part["validation"])
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
@@ -61,65 +89,103 @@ def train(
     batches: Batches,
     settings: StageSettings,
     work: Path,
-    accelerator: Accelerator,
+    parallel: Parallel,
+    validation: Batches | None = None,
+    events: Path | None = None,
 ) -> LoopResult:
     """Train `parameters` through `loss_model` over `batches`, going on from the newest checkpoint in `work`.
 
     Args:
         loss_model: maps a micro-batch and a scale to the scaled sum of the loss over its learnt tokens.
         groups: optimiser groups (`params`, `lr`, `weight_decay`, `name`).
+        validation: held-out text, measured as `settings.validate_every` says; `keep: best` needs it.
+        events: folder for TensorBoard.
     Raises:
         TrainingError: the loss is not finite or explodes; names the step and the documents.
         KeyboardInterrupt: after a signal, once the step's checkpoint is written.
     """
-    optimizer: Any = make_optimizer(groups, settings)
-    loss_model, optimizer = accelerator.prepare(loss_model, optimizer)
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for group in inner.param_groups:
+    loss_model, optimizer = parallel.prepare(loss_model, groups, settings)
+    for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
-    first = checkpoint.resume(work, parameters, inner)
-    log = _read_log(work / "log.jsonl", first)
-    watch = LossWatch([entry["loss"] for entry in log], settings.name)
-    begin = last_saved = time.monotonic()
+    position = checkpoint.resume(work, parameters, optimizer, parallel)
+    first = position.step
+    # a resumed stage must round as it did before
+    micro_batch = settings.micro_batch or position.micro_batch
+    feed = _Feed(batches, first, micro_batch or choose_micro_batch(loss_model, batches, settings, parallel))
+    due = validation_steps(len(batches), batches.epochs, settings.validate_every) if validation else set()
+    best = Best(work / "best.safetensors", parallel) if settings.keep == "best" else None
+    last_saved = time.monotonic()
     loss_model.train()
-    feed = _Feed(batches, first, choose_micro_batch(loss_model, batches, settings, work, accelerator))
     with (
         _stop_signals() as stopped,
-        open(work / "log.jsonl", "a", encoding="utf-8") as log_file,
-        bar(settings.name, total=batches.tokens, unit="tokens") as tick,
+        closing(StageLog(work / LOG, first, events, parallel.first)) as log,
+        bar(settings.name, batches.tokens, "tokens", sum(entry["tokens"] for entry in log.entries)) as tick,
     ):
-        tick(sum(entry["tokens"] for entry in log))
+        watch = LossWatch(settings.name, log.entries)
+        shown: dict[str, float] = {}
         for step in range(first, len(batches)):
+            clock = _Clock(parallel.device)
             factor = learning_rate_factor(step, len(batches), settings.warmup, settings.schedule)
-            for group in inner.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            micro_batches, loss = _gradients(loss_model, feed, step, settings, accelerator)
-            norm = clip_gradients(parameters.values(), settings.clip)
-            watch.check(step, loss, norm, micro_batches)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            micro_batches = feed.next()
+            clock.lap("data")
+            micro_batches, loss = _gradients(loss_model, feed, micro_batches, step, settings, parallel)
+            norm = parallel.clip(parameters.values(), settings.clip)
+            clock.lap("gradients")
+            spike = watch.check(step + 1, loss, norm, micro_batches)
+            parallel.step(optimizer)
+            clock.lap("update")
 
             tokens = sum(m.size for m in micro_batches)
-            entry = {
-                "step": step,
+            entry: Entry = {
+                "step": step + 1,
                 "loss": loss,
-                "lr": settings.learning_rate * factor,
-                "norm": norm,
+                **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups},
+                "gradient_norm": norm,
                 "tokens": tokens,
+                "tokens_per_second": tokens / sum(clock.seconds.values()),
             }
-            log.append(entry)
-            log_file.write(json.dumps(entry) + "\n")
-            tick(tokens, loss=loss)
-            now = time.monotonic()
-            if stopped or (step + 1 < len(batches) and now - last_saved > settings.checkpoint_seconds):
-                log_file.flush()
-                os.fsync(log_file.fileno())
-                checkpoint.save(work, step + 1, parameters, inner)
-                last_saved = now
-            if stopped:
+            if spike is not None:
+                entry["spike"] = asdict(spike)
+            if validation is not None and step + 1 in due:
+                entry["validation_loss"] = _validate(loss_model, validation, feed.micro_batch, settings, parallel)
+                if best is not None:
+                    best.offer(step + 1, entry["validation_loss"], parameters)
+                clock.lap("validation")
+            entry |= {f"seconds/{part}": seconds for part, seconds in clock.seconds.items()}
+            log.add(entry | {"peak_memory_gb": peak_memory_gb()})
+            shown |= {key.removesuffix("_loss"): value for key, value in entry.items() if key.endswith("loss")}
+            tick(tokens, **shown, step=f"{step + 1}/{len(batches)}")
+            done = step + 1 == len(batches)
+            if done:
+                optimizer.state.clear()
+            stop, save = parallel.most(bool(stopped), time.monotonic() - last_saved > settings.checkpoint_seconds)
+            if stop or save or done:
+                reached = checkpoint.Position(step + 1, feed.micro_batch)
+                checkpoint.save(work, reached, parameters, optimizer, settings.keep_checkpoints, parallel, log.flush)
+                last_saved = time.monotonic()
+            if stop:
                 raise KeyboardInterrupt
-    trained = int(sum(entry["tokens"] for entry in log))
-    return LoopResult(log, len(batches), trained, time.monotonic() - begin, peak_memory_gb())
+    if best is not None:
+        best.restore(parameters)
+    return LoopResult(log.entries, best.step if best else len(batches), parallel.most(peak_memory_gb())[0])
+
+
+class _Clock:
+    """Seconds of a step by part, each from the end of the one before until the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        # the loss and the norm are read in every step, so only the update's end is waited for on its own account
+        wait(self.device)
+        now = time.perf_counter()
+        self.seconds[part] = now - self._since
+        self._since = now
 
 
 class _Feed:
@@ -142,19 +208,20 @@ class _Feed:
 def _gradients(
     loss_model: nn.Module,
     feed: _Feed,
+    micro_batches: list[MicroBatch],
     step: int,
     settings: StageSettings,
-    accelerator: Accelerator,
+    parallel: Parallel,
 ) -> tuple[list[MicroBatch], float]:
     """The gradients of a step, and its mean loss. Where its micro-batches don't fit into memory, they are halved."""
-    micro_batches = feed.next()
     while True:
+        _seed(settings.seed, step, parallel.rank)
         try:
-            return micro_batches, _accumulate(loss_model, micro_batches, settings, accelerator)
+            return micro_batches, _accumulate(loss_model, micro_batches, settings, parallel)
         except torch.OutOfMemoryError as error:
             for parameter in loss_model.parameters():
                 parameter.grad = None
-            if feed.micro_batch == 1 or accelerator.num_processes > 1:
+            if feed.micro_batch == 1 or parallel.size > 1:
                 raise TrainingError(
                     f"stage {settings.name}, step {step + 1}: out of memory with {feed.micro_batch} rows of "
                     f"{feed.batches.sequence_length} tokens at a time; set a smaller micro_batch, "
@@ -165,81 +232,63 @@ def _gradients(
         micro_batches = feed.again_smaller(step)
 
 
-def _accumulate(
-    loss_model: nn.Module, step: list[MicroBatch], settings: StageSettings, accelerator: Accelerator
-) -> float:
+def _seed(seed: int, step: int, process: int) -> None:
+    """Make a step's random numbers (dropout) follow from its number, so that a resumed stage draws the same ones."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))
+
+
+def _accumulate(loss_model: nn.Module, step: list[MicroBatch], settings: StageSettings, parallel: Parallel) -> float:
     """Backward over all micro-batches of a step; returns the mean loss per learnt token over all processes."""
-    device = accelerator.device
+    micro_batches = parallel.share(step)
+    scale = parallel.loss_scale / max(sum(m.tokens for m in step), 1)
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    for batch in micro_batches:
+        loss = _loss(loss_model, batch, scale, settings, parallel.device)
+        parallel.backward(loss, last=batch is micro_batches[-1])
+        total += loss.detach()
+    return parallel.sum(float(total)) / parallel.loss_scale
+
+
+def _loss(
+    loss_model: nn.Module, batch: MicroBatch, scale: float, settings: StageSettings, device: torch.device
+) -> Tensor:
+    """The summed loss of a micro-batch, times `scale`."""
     # only trained layers are float32 among bfloat16 ones; rows convert what they give
     mixed = settings.precision == "bf16" and settings.layers != "none"
-    micro_batches = _share(step, accelerator)
-    learnt = max(sum(m.tokens for m in step), 1)
-    # DDP averages gradients over processes; the sum over them is wanted
-    scale = accelerator.num_processes / learnt
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(loss_model):
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                loss = loss_model(
-                    batch.input_ids_BT.to(device, non_blocking=True),
-                    batch.labels_BT.to(device, non_blocking=True),
-                    batch.position_ids_BT.to(device, non_blocking=True),
-                    scale,
-                )
-            accelerator.backward(loss)
-        total += loss.detach()
-    return float(accelerator.reduce(total, "mean"))
-
-
-def _share(micro_batches: list[MicroBatch], accelerator: Accelerator) -> list[MicroBatch]:
-    """This process's part of a step; all processes get equally many, the last ones filled up with unlearnt copies."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    mine = micro_batches[rank::world]
-    if len(mine) < math.ceil(len(micro_batches) / world):
-        first = micro_batches[0]
-        silent = torch.full_like(first.labels_BT, IGNORED)
-        mine.append(MicroBatch(first.input_ids_BT, silent, first.position_ids_BT, (), 0))
-    return mine
-
-
-class LossWatch:
-    """Stops a stage whose loss is not finite or explodes, and says at which step and on which documents."""
-
-    def __init__(self, losses: list[float], stage: str) -> None:
-        self.average: float | None = None
-        self.seen = 0
-        self.stage = stage
-        for loss in losses:
-            self._add(loss)
-
-    def _add(self, loss: float) -> None:
-        self.average = loss if self.average is None else 0.9 * self.average + 0.1 * loss
-        self.seen += 1
-
-    def check(self, step: int, loss: float, norm: float, micro_batches: list[MicroBatch]) -> None:
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._error(step, f"the loss is {loss}, the gradient norm {norm}", micro_batches)
-        if self.average is not None and self.seen >= WATCH_AFTER_STEPS and loss > 2 * self.average + 2:
-            raise self._error(step, f"the loss jumped from about {self.average:.2f} to {loss:.2f}", micro_batches)
-        self._add(loss)
-
-    def _error(self, step: int, what: str, micro_batches: list[MicroBatch]) -> TrainingError:
-        documents = list(dict.fromkeys(o for m in micro_batches for o in m.origins))
-        shown = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
-        return TrainingError(
-            f"stage {self.stage}, step {step + 1}: {what}; the step read {shown}; "
-            "lower learning_rate or look at these documents; finished steps and stages are kept"
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        return loss_model(
+            batch.input_ids_BT.to(device, non_blocking=True),
+            batch.labels_BT.to(device, non_blocking=True),
+            batch.position_ids_BT.to(device, non_blocking=True),
+            scale,
         )
 
 
-def _read_log(path: Path, steps: int) -> list[dict[str, float]]:
-    """The log's first `steps` entries; later ones (written after the checkpoint we resume from) are cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(beside, path)
-    return [json.loads(line) for line in lines]
+@torch.no_grad()
+def _validate(
+    loss_model: nn.Module, held_out: Batches, micro_batch: int, settings: StageSettings, parallel: Parallel
+) -> float:
+    """The mean loss per learnt token of held-out text, over all processes. Leaves no gradient behind, and draws no
+    random number.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    loss_model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
+    learnt = 0
+    for _, micro_batches in held_out.from_step(0, micro_batch):
+        learnt += sum(m.tokens for m in micro_batches)
+        for batch in parallel.share(micro_batches):
+            total += _loss(loss_model, batch, 1.0, settings, parallel.device)
+    loss_model.train()
+    loss = parallel.sum(float(total)) / learnt
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"stage {settings.name}: the validation loss is {loss}; lower learning_rate, or look at the held-out text; "
+            "finished steps and stages are kept"
+        )
+    return loss
 
 
 @contextmanager
@@ -262,11 +311,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_memory_gb() -> float:
-    """Peak memory so far: the GPU's where there is one, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

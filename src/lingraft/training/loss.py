@@ -31,8 +31,9 @@ from lingraft.training.batches import IGNORED
 # Logits of a block: on a CPU they stay in its cache, on a GPU they are enough to keep it busy.
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 BLOCK_ROWS = 1024  # at least
-# Logits that are kept at a time where the whole matrix trains: 128 MiB in float32.
-CHUNK_LOGITS = 1 << 25
+BLOCK_WEIGHTS = 1 << 25  # at most: a block of a matrix that trains is converted, and its gradient made, beside it
+# Logits that are kept at a time where the whole matrix trains: 128 MiB in float32, 512 MiB in bfloat16.
+CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -214,8 +215,7 @@ class TrainedMatrixLoss(Function):
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
         gradient_VD = pop_gradient(values_VD) if ctx.needs_input_grad[1] else None
-        chunks = -(-len(hidden_ND) * len(values_VD) // CHUNK_LOGITS)
-        for part in _chunks(len(hidden_ND), -(-len(hidden_ND) // max(chunks, 1))):
+        for part in _chunks(len(hidden_ND), chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.device.type)):
             hidden, labels = hidden_ND[part], labels_N[part]
             softmax = _Softmax(hidden)
             kept = []
@@ -245,12 +245,22 @@ class TrainedMatrixLoss(Function):
         return *gradients, None, None, None
 
 
+def chunk_positions(positions: int, vocabulary: int, device: str) -> int:
+    """How many positions have their logits kept at a time, where the whole matrix trains."""
+    return -(-positions // max(-(-positions * vocabulary // CHUNK_LOGITS[device]), 1))
+
+
+def block_rows(positions: int, width: int, device: str) -> int:
+    """How many rows of the output matrix are read at a time."""
+    return min(max(BLOCK_LOGITS[device] // max(positions, 1), BLOCK_ROWS), BLOCK_WEIGHTS // width)
+
+
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, max(size, 1)))
 
 
 def _blocks(matrix_VD: Tensor, hidden_ND: Tensor, unseen: list[int]) -> Iterator[_Block]:
-    size = max(BLOCK_LOGITS[hidden_ND.device.type] // max(len(hidden_ND), 1), BLOCK_ROWS)
+    size = block_rows(len(hidden_ND), matrix_VD.shape[1], hidden_ND.device.type)
     for start in range(0, len(matrix_VD), size):
         weight = matrix_VD[start : start + size].detach().to(hidden_ND.dtype)
         first, last = bisect_left(unseen, start), bisect_left(unseen, start + len(weight))

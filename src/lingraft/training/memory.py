@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lingraft.model.dimensions import Dimensions
+from lingraft.training.loss import CHUNK_POSITIONS, block_rows, chunk_positions
 from lingraft.training.settings import StageSettings
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -16,6 +17,9 @@ BYTES = {"fp32": 4, "bf16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Two moments: in float32, or in 8 bits with a float32 constant for 256 values each.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
+
+# Beside tensors: the pages of libraries, and freed blocks that malloc keeps (measured). A GPU's are counted elsewhere.
+KEPT_BYTES = {"cpu": 64e6, "cuda": 0.0}
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, at the fullest moment of a step.
+    """Bytes by part.
 
-    weights: what is frozen; trained: what trains, in float32; activations: what the backward pass needs of the trunk,
-    with the layer at work; loss: logits at hand and their gradients.
+    weights: what is frozen; trained: what trains, in float32; activations: what the trunk keeps for its backward pass;
+    layer: what the layer at work needs beside; loss: logits at hand and their gradients.
     """
 
     weights: float
@@ -44,11 +48,14 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
+    layer: float
     loss: float
 
     @property
     def peak(self) -> float:
-        return self.weights + self.trained + self.gradients + self.optimizer + self.activations + self.loss
+        """At the fullest moment of a step: layers and the loss don't work at the same time."""
+        always = self.weights + self.trained + self.gradients + self.optimizer + self.activations
+        return always + max(self.layer, self.loss)
 
 
 def vocabulary_rows(dims: Dimensions, settings: StageSettings) -> tuple[str, str]:
@@ -82,44 +89,79 @@ def trained_values(dims: Dimensions, settings: StageSettings, new_rows: int) -> 
 
 
 def stage_memory(
-    dims: Dimensions, settings: StageSettings, new_rows: int, sequence_length: int, micro_batch: int, device: str
+    dims: Dimensions,
+    settings: StageSettings,
+    new_rows: int,
+    sequence_length: int,
+    micro_batch: int,
+    *,
+    device: str,
+    mapped: bool = False,
 ) -> Memory:
-    """What a stage needs in training on a device (`cpu`, `cuda`) by itself. Towers for images are not loaded."""
+    """What a stage needs in training, on a device by itself. Towers for images are not loaded.
+
+    Args:
+        micro_batch: rows of `sequence_length` tokens that go through the model at a time.
+        device: `cpu` or `cuda`.
+        mapped: frozen weights are mapped from the checkpoint's file, as they are on a CPU in the precision in which
+            they are stored; what trains or is quantised then stays resident as it was, in memory that the system may
+            take back.
+    """
     held = BYTES[settings.precision]
+    tokens = micro_batch * sequence_length
     trained = trained_values(dims, settings, new_rows)
+    kept, layer = _activations(dims, settings, held)
+    beside = _replaced(dims, settings) + (settings.quantise == "nf4") * dims.linear
     return Memory(
-        weights=_frozen(dims, settings, held),
+        weights=_frozen(dims, settings, held) + (beside * held if mapped else 0),
         trained=4.0 * trained.total,
         gradients=4.0 * trained.total,
         optimizer=OPTIMIZER_BYTES[settings.optimizer] * trained.total,
-        activations=_activations(dims, settings, held, micro_batch * sequence_length)
-        + _mask(dims, held, micro_batch, sequence_length),
-        loss=_loss(dims, settings, held, micro_batch * sequence_length),
+        activations=tokens * kept + _mask(dims, held, micro_batch, sequence_length) + KEPT_BYTES[device],
+        layer=tokens * layer,
+        loss=_loss(dims, settings, new_rows, held, tokens, device),
     )
 
 
-def _frozen(dims: Dimensions, settings: StageSettings, held: int) -> float:
-    """Bytes of the weights that don't train. A matrix that trains whole takes the frozen one's place."""
+def _replaced(dims: Dimensions, settings: StageSettings) -> int:
+    """Values of the checkpoint whose place in the model is taken by a float32 parameter."""
     sides = vocabulary_rows(dims, settings)
     matrices = sides[:1] if dims.tied else sides
-    frozen = sum(which != "all" for which in matrices) * dims.matrix * held
-    if settings.layers == "all":
-        return frozen
-    linear = dims.linear * (NF4_BYTES if settings.quantise == "nf4" else held)
-    return frozen + linear + (dims.body - dims.linear) * held
+    return sum(which == "all" for which in matrices) * dims.matrix + (settings.layers == "all") * dims.body
 
 
-def _activations(dims: Dimensions, settings: StageSettings, held: int, tokens: int) -> float:
+def _frozen(dims: Dimensions, settings: StageSettings, held: int) -> float:
+    """Bytes of the weights that are not replaced."""
+    matrices = dims.matrix * (1 if dims.tied else 2)
+    if settings.layers != "all" and settings.quantise == "nf4":
+        unquantised = matrices + dims.body - _replaced(dims, settings) - dims.linear
+        return unquantised * held + dims.linear * NF4_BYTES
+    return (matrices + dims.body - _replaced(dims, settings)) * held
+
+
+def _activations(dims: Dimensions, settings: StageSettings, held: int) -> tuple[float, float]:
+    """Bytes of a token: those that the trunk keeps until its backward pass, and those that a layer at work needs."""
     attention = dims.heads * dims.head_width
     working = (3 * dims.hidden + 2 * dims.width) * held
     if not passes_back(dims, settings):
-        return tokens * (working + 4 * dims.width)
+        return 0, working + 4 * dims.width
     repeated = attention if dims.kv_heads > 1 else dims.head_width  # keys and values are repeated for their heads
-    layer = 4 * dims.normed + (2 * attention + 2 * repeated + 3 * dims.hidden) * held
+    # inputs of norms in float32; queries, keys, values and result; the gate before and after, and what it lets through
+    saved = 4 * dims.normed + (2 * attention + 2 * repeated + 3 * dims.hidden) * held
+    distinct_inputs = 2 * dims.width + attention + dims.hidden
     if settings.layers == "all":
-        layer += 4 * dims.normed + (2 * dims.width + attention + dims.hidden) * held
-    kept = dims.width * held * dims.layers + layer if settings.gradient_checkpointing else layer * dims.layers
-    return tokens * (kept + working)
+        saved += 4 * dims.normed + distinct_inputs * held
+    if settings.lora:
+        targets = dims.targets(settings.lora.targets)
+        inputs = sum(target.inputs for target in targets) / dims.layers
+        if settings.lora.dropout:
+            saved += inputs * (held + 1)
+        else:  # float32 adapters make a bfloat16 copy each, but share a float32 input
+            saved += held * (inputs if held < 4 else min(inputs, distinct_inputs))
+        working += 8 * max(target.inputs for target in targets)
+    if settings.gradient_checkpointing:
+        return dims.width * held * dims.layers, saved + working
+    return saved * dims.layers, working
 
 
 def _mask(dims: Dimensions, held: int, micro_batch: int, sequence_length: int) -> float:
@@ -127,5 +169,18 @@ def _mask(dims: Dimensions, held: int, micro_batch: int, sequence_length: int) -
     return len(set(dims.windows)) * micro_batch * sequence_length**2 * held
 
 
-def _loss(dims: Dimensions, settings: StageSettings, held: int, tokens: int) -> float:
-    return 2 * 4 * 2**25 + tokens * dims.width * (4 + held)
+def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, tokens: int, device: str) -> float:
+    """What `lingraft.training.loss` needs beside the gradients of rows, for micro-batches all of whose tokens are
+    learnt; its names and its order."""
+    _, output = vocabulary_rows(dims, settings)
+    states = dims.width * held * (1 + passes_back(dims, settings)) * tokens
+    if output == "all":
+        positions = chunk_positions(tokens, dims.rows, device)
+        rows = min(block_rows(positions, dims.width, device), dims.rows)
+        cast = 2 * rows * dims.width * held if held < 4 else 0
+        return states + positions * (dims.rows * held + rows * (8 + held)) + cast
+    positions = min(tokens, CHUNK_POSITIONS[device])
+    rows = min(block_rows(positions, dims.width, device), dims.rows)
+    chunk = rows * (4 + 2 * held) + dims.width * (8 + held)
+    new = new_rows if output == "new" else 0
+    return states + positions * (chunk + new * (8 + held)) + 2 * new * dims.width * held

@@ -22,7 +22,10 @@ class StageSettings:
 
     quantise: `nf4` holds the language model's frozen linear layers in 4 bits.
     rows_per_step: rows of the batch of one optimiser step; micro_batch: how many of them go through the model at a
-    time, None for as many as fit.
+    time, None for as many as fit. parallel: how several processes share the stage, see `lingraft.training.parallel`.
+    keep: which parameters the stage ends with, the `last` or the `best` by validation loss; validate_every: steps from
+    one validation to the next, below 1 a share of the stage's steps, None for once an epoch and at least four times
+    where the best is kept, else never.
     """
 
     name: str
@@ -44,9 +47,17 @@ class StageSettings:
     betas: tuple[float, float]
     clip: float
     gradient_checkpointing: bool
+    parallel: str
     checkpoint_seconds: float
+    keep_checkpoints: int
     keep: str
+    validate_every: float | None
     seed: int
+
+    @property
+    def validates(self) -> bool:
+        """Whether the stage measures its loss on held-out text."""
+        return self.keep == "best" or self.validate_every is not None
 
     @property
     def trains(self) -> str:

@@ -7,26 +7,38 @@ The model that trains is only as whole as it has to be: frozen weights may be he
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from lingraft.model.changes import Changes, Proof, Rows, check_writable, write_changed
-from lingraft.model.load import DTYPES, body_parameters, input_matrix, load, output_matrix, to_device
+from lingraft.model.load import DTYPES, body_parameters, input_matrix, load, output_matrix
 from lingraft.model.lora import adapters, add_lora, lora_parameters
 from lingraft.model.rows import TrainableRows, VocabularyTraining
+from lingraft.model.surgery import open_checkpoint
 from lingraft.training.batches import Batches
 from lingraft.training.loop import LoopResult, train
 from lingraft.training.loss import NextTokenLoss
 from lingraft.training.optimizer import parameter_groups
+from lingraft.training.parallel import Parallel, parallel_for
 from lingraft.training.settings import StageSettings
 
 Loss = Callable[[PreTrainedModel], nn.Module]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A stage that has trained: the loop's log, the numbers of trained values, and what they are now."""
+
+    loop: LoopResult
+    trainable: dict[str, int]
+    changes: Changes
 
 
 @dataclass(frozen=True)
@@ -51,24 +63,53 @@ def run_stage(
 ) -> StageResult:
     """Train one stage from the checkpoint `source` into the new checkpoint folder `out`.
 
+    The arguments are those of `train_stage`.
+
+    Raises:
+        TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
+    """
+    learnt = train_stage(source, work, settings, batches, new_ids, loss, validation, events)
+    return write_stage(source, out, learnt, new_ids)
+
+
+def train_stage(
+    source: Path,
+    work: Path,
+    settings: StageSettings,
+    batches: Batches,
+    new_ids: list[int],
+    loss: Loss = NextTokenLoss,
+    validation: Batches | None = None,
+    events: Path | None = None,
+) -> Learnt:
+    """Train one stage from the checkpoint `source`; several processes do so together (`lingraft.processes`).
+
     Args:
         work: holds the stage's own checkpoints; a killed stage goes on from there.
         new_ids: ids of the grafted tokens, whose rows are the "new" rows.
         loss: makes the loss from the model once its trainable parts are in.
         validation: held-out text, see `loop.train`; events: folder for TensorBoard.
+    Returns:
+        What was learnt; of several processes the first has its values.
     Raises:
-        TrainingError: the loss went wrong. AssertionError: a frozen tensor changed (a defect of ours).
+        TrainingError: the loss went wrong.
     """
-    accelerator = _accelerator()
+    parallel = parallel_for(settings)
     model = _load(source, settings)
-    if settings.quantise == "none":
-        to_device(model, accelerator.device)
+    parallel.place(model, settings)
     trained = _Trained(model, settings, new_ids)
     check_writable(source, trained.targets, trained.replaced)
-    result = trained.train(batches, work, loss, accelerator, validation, events)
-    sizes, changes = trained.sizes(), trained.changes()
-    del model, trained  # the rest of it is not needed any more
-    return StageResult(result, sizes, write_changed(source, out, changes, new_ids))
+    result = trained.train(batches, work, loss, parallel, validation, events)
+    learnt = Learnt(result, trained.sizes(), trained.changes(parallel))
+    parallel.close()
+    del model, trained
+    gc.collect()  # the rest of the model is not needed any more
+    return learnt
+
+
+def write_stage(source: Path, out: Path, learnt: Learnt, new_ids: list[int]) -> StageResult:
+    """Write the checkpoint `source` with what was learnt to the folder `out`, and prove the rest of it unchanged."""
+    return StageResult(learnt.loop, learnt.trainable, write_changed(source, out, learnt.changes, new_ids))
 
 
 def train_rows(
@@ -86,7 +127,7 @@ def train_rows(
     """
     assert settings.layers == "none"
     trained = _Trained(model, settings, new_ids)
-    result = trained.train(batches, work, loss, _accelerator())
+    result = trained.train(batches, work, loss, Parallel())
     trained.vocabulary.restore()
     return result
 
@@ -94,13 +135,17 @@ def train_rows(
 def _load(source: Path, settings: StageSettings) -> PreTrainedModel:
     """The model in the precision that the stage computes in; its vocabulary as narrow as it is stored.
 
-    Rows are converted when they are used. On a CPU, what is not converted stays in the file, of which only the rows
-    that are looked up are read.
+    Rows are converted when they are used. On a CPU, what is not converted stays in the file: of an input matrix only
+    the rows that are looked up are ever read, and a matrix that trains is let go once it has been copied.
     """
     dtype = DTYPES[settings.precision]
     if settings.quantise != "none":
         return load(source, dtype, settings.quantise, vision=False)
     model = load(source, vision=False)
+    checkpoint = open_checkpoint(source)
+    input_matrix(model).data = checkpoint.tensor(checkpoint.input)
+    if not checkpoint.tied and checkpoint.output:
+        output_matrix(model).data = checkpoint.tensor(checkpoint.output)
     vocabulary = {id(input_matrix(model)), id(output_matrix(model))}
     for parameter in model.parameters():
         if id(parameter) not in vocabulary or dtype.itemsize < parameter.dtype.itemsize:
@@ -123,14 +168,10 @@ def _set_constants(model: PreTrainedModel, dtype: torch.dtype) -> None:
             buffer.data = constants[name]
 
 
-def _accelerator() -> Accelerator:
-    return Accelerator(cpu=not torch.cuda.is_available())
-
-
 class _Trained:
     """The parameters that a stage trains, put into the model.
 
-    targets: names of the modules with adapters; replaced: the layers' own parameters, by name.
+    targets: names of the modules with adapters; replaced: names of the layers' own parameters.
     """
 
     def __init__(self, model: PreTrainedModel, settings: StageSettings, new_ids: list[int]) -> None:
@@ -139,7 +180,7 @@ class _Trained:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.targets: list[str] = []
-        self.replaced: dict[str, nn.Parameter] = {}
+        self.replaced: list[str] = []
         if settings.lora:
             lora = settings.lora
             self.targets = add_lora(
@@ -151,34 +192,41 @@ class _Trained:
                 rank_stabilised=lora.rank_stabilised,
             )
         elif settings.layers == "all":
-            self.replaced = body_parameters(model)
-            for parameter in self.replaced.values():
+            for name, parameter in body_parameters(model).items():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        self.layers = self.replaced | lora_parameters(model)
+                self.replaced.append(name)
         dtype = DTYPES[settings.precision]
         self.vocabulary = VocabularyTraining(model, settings.input_rows, settings.output_rows, new_ids, dtype)
-        self.rows = self.vocabulary.parameters()
+
+    # Looked up each time: parameters that processes share out are new objects.
+
+    @property
+    def rows(self) -> dict[str, nn.Parameter]:
+        return self.vocabulary.parameters()
+
+    @property
+    def layers(self) -> dict[str, nn.Parameter]:
+        return {name: self.model.get_parameter(name) for name in self.replaced} | lora_parameters(self.model)
 
     def train(
         self,
         batches: Batches,
         work: Path,
         loss: Loss,
-        accelerator: Accelerator,
+        parallel: Parallel,
         validation: Batches | None = None,
         events: Path | None = None,
     ) -> LoopResult:
         """Train them through the loop."""
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss_model = loss(self.model)
+        parallel.shard(self.model, loss_model, self.settings)
         groups = parameter_groups(self.rows.values(), self.layers.values(), self.settings)
         parameters = self.rows | self.layers
-        result = train(
-            loss(self.model), groups, parameters, batches, self.settings, work, accelerator, validation, events
-        )
+        result = train(loss_model, groups, parameters, batches, self.settings, work, parallel, validation, events)
         self.model.gradient_checkpointing_disable()
-        accelerator.free_memory()
         return result
 
     def sizes(self) -> dict[str, int]:
@@ -187,18 +235,22 @@ class _Trained:
         layers = sum(p.numel() for p in self.layers.values())
         return sizes | ({"lora" if self.settings.lora else "layers": layers} if layers else {})
 
-    def changes(self) -> Changes:
-        """What was learnt."""
+    def changes(self, parallel: Parallel) -> Changes:
+        """What was learnt, whole in the first process."""
+        whole = parallel.whole
+
+        def learnt(rows: TrainableRows | None) -> Rows | None:
+            if rows is None:
+                return None
+            return Rows(None if rows.ids is None else rows.ids.tolist(), whole(rows.values))
+
         vocabulary = self.vocabulary
         return Changes(
-            input=_learnt(vocabulary.input),
-            output=None if vocabulary.tied else _learnt(vocabulary.output),
-            adapters=adapters(self.model),
-            parameters=self.replaced,
+            input=learnt(vocabulary.input),
+            output=None if vocabulary.tied else learnt(vocabulary.output),
+            adapters={
+                name: replace(adapter, A=whole(adapter.A), B=whole(adapter.B))
+                for name, adapter in adapters(self.model).items()
+            },
+            parameters={name: whole(self.model.get_parameter(name)) for name in self.replaced},
         )
-
-
-def _learnt(rows: TrainableRows | None) -> Rows | None:
-    if rows is None:
-        return None
-    return Rows(None if rows.ids is None else rows.ids.tolist(), rows.values.detach())

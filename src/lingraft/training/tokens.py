@@ -3,8 +3,9 @@
 On disk (`write_tokens`) a source's documents stand one after another, so a stage of any length is read from the
 mapped file a step at a time and holds no document in memory:
 
-    ids.bin       int32 (N,): all ids; one that is not learnt (BOS, prompts) is stored as its complement ~id
-    ends.npy      int64 (D,): where each document ends in ids.bin
+    ids.bin       int32 (N,): all ids
+    learnt.bin    bool (N,): whether each is learnt
+    ends.npy      int64 (D,): where each document ends in these two
     numbers.npy   int64 (D,): the record that each document was in its source
 
 Shapes: N tokens, D documents, P pieces, V vocabulary.
@@ -12,6 +13,8 @@ Shapes: N tokens, D documents, P pieces, V vocabulary.
 
 from __future__ import annotations
 
+import mmap
+import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,9 +58,10 @@ def write_tokens(folder: Path, documents: Iterable[Encoded]) -> None:
         OSError: the disk is full.
     """
     ends, numbers, end = array("q"), array("q"), 0
-    with open(folder / "ids.bin", "wb") as file:
+    with open(folder / "ids.bin", "wb") as ids, open(folder / "learnt.bin", "wb") as learnt:
         for document in documents:
-            file.write(np.where(document.learnt, document.ids, ~document.ids).astype(np.int32).tobytes())
+            ids.write(document.ids.astype(np.int32).tobytes())
+            learnt.write(document.learnt.astype(bool).tobytes())
             end += len(document)
             ends.append(end)
             numbers.append(int(document.origin.rpartition("#")[2]))
@@ -73,8 +77,8 @@ class Tokens:
         # plain arrays over the mapped files: np.memmap's own slices take three times as long
         self._ends_D = np.asarray(np.load(folder / "ends.npy", mmap_mode="r"))
         self._numbers_D = np.asarray(np.load(folder / "numbers.npy", mmap_mode="r"))
-        # an empty file can't be mapped
-        self._ids_N = np.asarray(np.memmap(folder / "ids.bin", np.int32, "r") if len(self) else [], np.int32)
+        self._ids_N = _mapped(folder / "ids.bin", np.int32)
+        self._learnt_N = _mapped(folder / "learnt.bin", np.bool_)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -85,10 +89,18 @@ class Tokens:
         return len(self._ends_D)
 
     def __getitem__(self, number: int) -> Encoded:
-        begin = self._ends_D[number - 1] if number else 0
-        stored = self._ids_N[begin : self._ends_D[number]]
-        learnt = stored >= 0
-        return Encoded(np.where(learnt, stored, ~stored), learnt, f"{self.source}#{self._numbers_D[number]}")
+        here = slice(self._ends_D[number - 1] if number else 0, self._ends_D[number])
+        return Encoded(self._ids_N[here], self._learnt_N[here], f"{self.source}#{self._numbers_D[number]}")
+
+
+def _mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """A file's numbers, mapped for reads here and there: what lies around a document is not read along with it."""
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return np.empty(0, dtype)  # an empty file can't be mapped
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
 
 
 class Pieces:

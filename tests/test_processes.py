@@ -1,0 +1,296 @@
+"""Several processes for one run: they learn what one process learns, stop together, and go on after a loss.
+
+The processes are real ones, started by torchrun on the CPU (gloo). This file is also what they run:
+
+    torchrun --nproc-per-node 2 tests/test_processes.py FOLDER CASE[:KILLED AT STEP] …
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import lingraft
+from lingraft import processes
+from lingraft.errors import RunError
+from lingraft.training.batches import Batches, MicroBatch
+from lingraft.training.settings import LoraSettings, StageSettings
+from lingraft.training.stage import run_stage, train_stage, write_stage
+from lingraft.training.tokens import Encoded
+
+NEW_IDS = [*range(400, 417), 450]  # 18: shared out unevenly over more than two processes
+STEPS = 20
+LORA = LoraSettings(r=4, alpha=8, dropout=0.1, targets=("q_proj", "v_proj", "down_proj"))
+STAGES: dict[str, dict[str, Any]] = {
+    "rows": {"input_rows": "new", "output_rows": "new", "keep": "best", "validate_every": 5},
+    "output": {"output_rows": "new"},
+    "all-rows": {"input_rows": "all", "output_rows": "all", "gradient_checkpointing": True},
+    # one process draws other random numbers for its micro-batches than two for theirs
+    "lora": {"input_rows": "all", "layers": "lora", "lora": replace(LORA, dropout=0.0), "gradient_checkpointing": True},
+    "qlora": {"output_rows": "all", "layers": "lora", "lora": replace(LORA, dropout=0.0), "quantise": "nf4"},
+    "dropout": {"input_rows": "new", "layers": "lora", "lora": LORA},
+    "layers": {"output_rows": "new", "layers": "all"},
+}
+WAYS = ["ddp", "fsdp", *(["zero2"] if importlib.util.find_spec("deepspeed") else [])]
+
+
+def settings_of(case: str) -> StageSettings:
+    """Of a case `<stage>-<way>`."""
+    stage, _, way = case.rpartition("-")
+    # clipped hard, so that every gradient's norm counts
+    changes = {"name": case, "parallel": way, "clip": 0.1, "learning_rate": 1e-3, "micro_batch": 1}
+    return replace(tiny.STAGE_SETTINGS, **(STAGES[stage] | changes))
+
+
+def batches(seed: int = 0) -> Batches:
+    """`STEPS` steps of up to five rows, which two processes can't share evenly."""
+    chance = np.random.default_rng(seed)
+    documents = [
+        Encoded(ids, np.arange(len(ids)) > 0, f"d#{i}")
+        for i, ids in enumerate(
+            chance.integers(260, 460, size=chance.integers(10, 60)).astype(np.int32) for _ in range(200)
+        )
+    ]
+    made = Batches({"a": documents}, {"a": 1.0}, sequence_length=64, rows_per_step=5, pad=0, bos=2, seed=0, epochs=2)
+    made._starts_S = made._starts_S[: STEPS + 1]
+    return made
+
+
+# ------------------------------------------------------------------------------ what the processes do
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    def work() -> None:
+        assert processes.size() == 1
+        for case in cases:
+            case, _, step = case.partition(":")
+            out = folder / case
+            learnt = processes.together(train, folder, case, int(step or 0))
+            write_stage(folder / "source", out / "out", learnt, NEW_IDS)
+
+    processes.led(work)
+
+
+def train(folder: Path, case: str, killed_at: int) -> Any:
+    assert processes.size() == 2
+    read = Killing(killed_at) if killed_at and processes.rank() == 1 else batches()
+    (folder / case).mkdir(exist_ok=True)
+    settings = replace(settings_of(case), checkpoint_seconds=1e-9 if killed_at else 1e9)
+    return train_stage(folder / "source", folder / case, settings, read, NEW_IDS, validation=batches(seed=1))
+
+
+class Killing:
+    """Batches whose reader is killed when it comes to a step."""
+
+    def __init__(self, step: int) -> None:
+        self.inner, self.last = batches(), step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def from_step(self, first: int, micro_batch: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        for number, made in self.inner.from_step(first, micro_batch):
+            if number == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number, made
+
+
+# -------------------------------------------------------------------------------------------- tests
+
+
+def start(*command: str | Path) -> subprocess.Popen[str]:
+    """Two processes of a Python file or module."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*torchrun, *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def run(*command: str | Path) -> tuple[int, str]:
+    process = start(*command)
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def logged(folder: Path, what: str = "loss") -> list[float]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry[what] for entry in entries if what in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def error_lines(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("source") / "source", tiny_tokenizer, "gemma3", tied=False)
+
+
+def with_source(folder: Path, source: Path) -> Path:
+    (folder / "source").symlink_to(source)
+    return folder
+
+
+COMPARED = [f"{stage}-{way}" for way in WAYS for stage in ("rows", "output", "all-rows", "lora", "qlora", "layers")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """Every stage in every way, by two processes."""
+    folder = with_source(tmp_path_factory.mktemp("two"), source)
+    code, out = run(__file__, folder, *COMPARED)
+    assert code == 0, out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Any:
+    """A stage by one process, with three rows at a time."""
+    folder = tmp_path_factory.mktemp("one")
+
+    def train_alone(stage: str) -> Path:
+        place = folder / stage
+        if not place.is_dir():
+            place.mkdir()
+            settings = replace(settings_of(f"{stage}-ddp"), micro_batch=3)
+            run_stage(source, place / "out", place, settings, batches(), NEW_IDS, validation=batches(seed=1))
+        return place
+
+    return train_alone
+
+
+@pytest.mark.parametrize("case", COMPARED)
+def test_two_processes_learn_what_one_learns(trained: Path, alone: Any, source: Path, case: str) -> None:
+    one = alone(case.rpartition("-")[0])
+    assert len(logged(one)) == STEPS
+    for what in ("loss", "gradient_norm", "validation_loss"):
+        np.testing.assert_allclose(logged(trained / case, what), logged(one, what), rtol=1e-5, err_msg=what)
+    before, expected, found = weights(source), weights(one / "out"), weights(trained / case / "out")
+    assert any(not torch.equal(expected[name], before[name]) for name in before)
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_one_process_is_alone() -> None:
+    assert (processes.rank(), processes.size(), processes.launched()) == (0, 1, 1)
+    assert processes.together(lambda a, b: (a + b, processes.size()), 1, b=2) == (3, 1)
+    assert processes.led(lambda: processes.together(processes.size)) == 1
+    assert processes.speaks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [f"dropout-{way}" for way in WAYS])
+def test_after_a_killed_process_the_same_command_goes_on_to_the_same_bits(
+    tmp_path: Path, source: Path, case: str
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = with_source(tmp_path / "whole", source)
+    (tmp_path / "broken").mkdir()
+    broken = with_source(tmp_path / "broken", source)
+    assert run(__file__, whole, case)[0] == 0
+    begin = time.monotonic()
+    code, out = run(__file__, broken, f"{case}:12")
+    assert code != 0
+    assert time.monotonic() - begin < 60, "the other process ends soon"
+    assert "another process of this run has died" in out
+    assert not (broken / case / "out").exists()
+    assert len(logged(broken / case)) >= 11
+    code, out = run(__file__, broken, case)
+    assert code == 0, out
+    assert len(logged(broken / case)) == STEPS
+    expected, found = weights(whole / case / "out"), weights(broken / case / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def write_recipe(folder: Path, model: Path) -> Path:
+    """A recipe whose first stage takes long enough to be interrupted."""
+    stages = [
+        {"name": "rows", "train": {"input_rows": "new", "output_rows": "new"}, "tokens": 30_000},
+        {"name": "lora", "train": {"layers": "lora"}, "lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
+    ]
+    return tiny.write_recipe(folder, model, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_gemma: Path) -> tuple[Path, str]:
+    """A recipe run by two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("run")
+    code, out = run("-m", "lingraft", "run", write_recipe(folder, tiny_gemma), "--run-dir", folder / "run")
+    assert code == 0, out
+    return folder / "run", out
+
+
+@pytest.mark.slow
+def test_a_run_has_one_voice_and_one_report(whole_run: tuple[Path, str]) -> None:
+    folder, out = whole_run
+    assert "2 processes train together" in out
+    assert out.count("final model") == out.count("report  ") == 1
+    assert (folder / "report.html").is_file()
+    assert lingraft.status(folder)["finished"]
+    code, out = run("-m", "lingraft", "run", folder.parent / "recipe.yaml", "--run-dir", folder)
+    assert code == 0
+    assert out.count("done before") == len(lingraft.status(folder)["steps"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_terminated_run_stops_at_one_step_and_resumes(
+    whole_run: tuple[Path, str], tmp_path: Path, tiny_gemma: Path, way: str
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_gemma)
+    command = ("-m", "lingraft", "run", recipe, "--run-dir", tmp_path / "run", "--set", f"training.parallel={way}")
+    process = start(*command, "--set", "training.checkpoint_seconds=1e-6")
+    wait_for(tmp_path, "run/.work/*-rows/checkpoint-2", process)
+    with pytest.raises(RunError, match="another run is at work"):
+        lingraft.run(recipe, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert error_lines(out) == ["error: interrupted; finished steps are kept, and the same command goes on from there"]
+    assert not list(tmp_path.glob("run/*-rows")), "it was in the middle of the stage"
+    code, out = run(*command)
+    assert code == 0, out
+    expected, found = (weights(folder / "model") for folder in (whole_run[0], tmp_path / "run"))
+    for name, tensor in expected.items():
+        if way == "ddp":
+            assert torch.equal(found[name], tensor)
+        else:  # sums are split otherwise than in the whole run
+            assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
