@@ -91,7 +91,7 @@ def compare(positions: int, width: int, dtype: str, trained: bool, repeats: int)
 
 def run(name: str, positions: int, width: int, dtype: str, trained: bool, repeats: int) -> dict[str, float]:
     """Seconds, GB and errors of one contender."""
-    from lingraft.bench import peak_resident_bytes, resident_bytes
+    from lingraft.training.watch import peak_memory_gb, reset_peak_memory
 
     torch.manual_seed(0)
     # ours keeps a trained matrix in float32, whatever the hidden states are; the others want one dtype
@@ -99,14 +99,15 @@ def run(name: str, positions: int, width: int, dtype: str, trained: bool, repeat
     matrix_VD = torch.nn.Parameter(torch.randn(ROWS, width).mul_(0.1).to(DTYPES[dtype]).to(kind), requires_grad=trained)
     hidden_ND = torch.randn(positions, width).to(DTYPES[dtype]).requires_grad_()
     labels_N = torch.randint(0, ROWS, (positions,))
-    before = resident_bytes()
+    reset_peak_memory()
+    before = peak_memory_gb()
     seconds = []
     for _ in range(repeats + 1):
         matrix_VD.grad = hidden_ND.grad = None
         begin = time.perf_counter()
         CONTENDERS[name](hidden_ND, matrix_VD, labels_N).backward()
         seconds.append(time.perf_counter() - begin)
-    memory = (peak_resident_bytes() - before) / 1e9
+    memory = peak_memory_gb() - before
     matrix_VD.grad = hidden_ND.grad = None
     loss_error, gradient_error = errors(CONTENDERS[name], hidden_ND, matrix_VD, labels_N)
     return {

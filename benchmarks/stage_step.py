@@ -5,7 +5,8 @@
 The shape is Gemma 3 270M's, untied, with 6,143 rows added to its 262,208; 512 tokens a step, AdamW, no gradient
 checkpointing, random weights in a bfloat16 checkpoint (as such models are published). Each contender loads that
 checkpoint and trains in a process of its own; the contenders of a round run one after another, and what is printed are
-medians of the rounds' ratios. Peak memory is the most that was resident, less what was before the model was loaded.
+medians of the rounds' ratios. Peak memory is the most that was resident in
+training, less what was before the model was loaded.
 
 - hook: a whole matrix requires a gradient, whose old rows a hook sets to zero. `bf16` holds everything in bfloat16, as
   users of `from_pretrained(dtype="bfloat16")` do; `fp32` holds everything in float32. For stages that train a whole
@@ -25,10 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SHAPE = "gemma-3-270m"
 OLD_ROWS, NEW_ROWS = 262_208, 6_143
 ROWS = OLD_ROWS + NEW_ROWS
-TOKENS, STEPS = 512, 4
+TOKENS, STEPS = 512, 3
 # What each stage trains: input rows, output rows.
 STAGES = {
     1: ("new", "none"),
@@ -137,7 +140,7 @@ def weights_gb(dtype: str) -> float:
 
 
 def ours(folder: Path, stage: int, dtype: str, changes: dict[str, Any]) -> dict[str, float]:
-    from lingraft.bench import Setup, measure, stage_of
+    from lingraft.bench import Setup, eeve_stage, measure
 
     settings = {
         "precision": dtype,
@@ -146,7 +149,7 @@ def ours(folder: Path, stage: int, dtype: str, changes: dict[str, Any]) -> dict[
         "micro_batch": 1,
         **changes,
     }
-    setup = Setup(stage_of(stage, settings), stage, row_tokens=TOKENS, rows=1, steps=STEPS, new_rows=NEW_ROWS)
+    setup = Setup(eeve_stage(stage, settings), stage, row_tokens=TOKENS, rows=1, steps=STEPS, new_rows=NEW_ROWS)
     with tempfile.TemporaryDirectory() as work:
         result = measure(setup, folder, Path(work))
     return {
@@ -162,9 +165,10 @@ def trainer(folder: Path, stage: int, dtype: str, with_peft: bool) -> dict[str, 
     from torch import Tensor
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from lingraft.bench import peak_resident_bytes, resident_bytes, synthetic_ids
+    from lingraft.bench import Setup, eeve_stage, synthetic_batches
+    from lingraft.training.watch import peak_memory_gb, reset_peak_memory
 
-    before = resident_bytes()
+    before = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     for parameter in model.parameters():
@@ -199,8 +203,11 @@ def trainer(folder: Path, stage: int, dtype: str, with_peft: bool) -> dict[str, 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.begin)
 
-    ids = synthetic_ids(ROWS, NEW_ROWS, STEPS + 1, TOKENS)
-    documents = [{"input_ids": torch.from_numpy(row).long(), "labels": torch.from_numpy(row).long()} for row in ids]
+    setup = Setup(eeve_stage(stage, {}), stage, row_tokens=TOKENS, rows=1, steps=STEPS, new_rows=NEW_ROWS)
+    batches = synthetic_batches(setup, ROWS)
+    rows = [batches.step(number)[0].input_ids_BT[0] for number in range(STEPS + 1)]
+    documents = [{"input_ids": row, "labels": row} for row in rows]
+    reset_peak_memory()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -215,10 +222,9 @@ def trainer(folder: Path, stage: int, dtype: str, with_peft: bool) -> dict[str, 
             disable_tqdm=True,
         )
         Trainer(model=model, args=arguments, train_dataset=documents, callbacks=[Clock()]).train()  # type: ignore[arg-type]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes() - before
     return {
         "seconds": statistics.median(seconds[1:]),
-        "peak": peak / GB,
+        "peak": peak_memory_gb() - before / GB,
         "weights": weights_gb("bf16" if dtype == "bf16" else "fp32"),
     }
 

@@ -53,9 +53,14 @@ def test_a_stage_from_the_command_line(shape: str) -> None:
     assert f"{found['tokens_per_second']:,.1f}" in shown
 
 
-def test_rows_and_their_micro_batches(shape: str) -> None:
-    found = run(shape, tokens=5000, steps=1, settings={"micro_batch": 2})
-    assert (found["tokens_per_step"], found["rows_at_a_time"]) == (3 * 2048, 2)
+def test_rows_and_their_micro_batches(tmp_path: Path) -> None:
+    bench.write_random(bench.text_model(tiny.gemma3().config), tmp_path / "model", torch.float32)
+    stage = bench.eeve_stage(5, {"precision": "fp32", "sequence_length": 64, "micro_batch": 2})
+    setup = bench.Setup(stage, 5, row_tokens=64, rows=3, steps=2, new_rows=100)
+    found = bench.measure(setup, tmp_path / "model", tmp_path)
+    assert (found["tokens_per_step"], found["rows_at_a_time"]) == (3 * 64, 2)
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert sum(found["seconds"].values()) == pytest.approx(found["seconds_per_step"], rel=0.5)
 
 
 def test_random_checkpoints_are_whole_and_untied(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from lingraft.training import checkpoint
 from lingraft.training.checkpoint import Position
 from lingraft.training.optimizer import make_optimizer
 from lingraft.training.parallel import Parallel
+from lingraft.training.watch import LossWatch, StageLog
 
 KILLS = [(stage, number) for stage in kill_resume.STAGES for number in (signal.SIGKILL, signal.SIGTERM)]
 
@@ -356,12 +357,26 @@ def test_nan_met_in_training_names_step_and_documents_and_the_run_goes_on_once_m
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_a_hopeless_learning_rate_stops_the_stage(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", '{"step": 1}\n{"st', "\0\0\n\0\n"])
+def test_a_damaged_log_is_one_line_with_its_cure(tmp_path: Path, content: str) -> None:
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(TrainingError, match=r"log.jsonl: the stage's log is damaged \(.*\); delete .* starts anew$"):
+        StageLog(tmp_path / "log.jsonl", 2, None)
+
+
+def test_a_hopeless_loss_stops_the_stage_from_its_first_steps_on() -> None:
+    with pytest.raises(TrainingError, match=r"stage rows, step 2: the loss is 2\.5e\+09, the gradient norm 1;"):
+        LossWatch("rows").check(2, 2.5e9, 1.0, [])
+
+
+def test_a_hopeless_learning_rate_stops_the_run_and_it_goes_on_with_a_better_one(
+    finished: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     kill_resume.begin_stage_anew(finished, copy)
     error = fails(finished / "recipe.yaml", copy / "run", "training.learning_rate=1e9")
     assert re.fullmatch(
-        r"stage kill, step [23]: the loss is \d.*; the step read .*; lower learning_rate or .*", str(error)
+        r"stage kill, step [234]: the loss is .*; the step read .*; lower learning_rate or .*", str(error)
     )
     lingraft.run(finished / "recipe.yaml", copy / "run")
     assert kill_resume.weights(copy) == kill_resume.weights(finished)

@@ -27,7 +27,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "BLOCK_ROWS", 100)
     monkeypatch.setitem(losses.BLOCK_LOGITS, "cpu", 1)
     monkeypatch.setitem(losses.CHUNK_POSITIONS, "cpu", 11)
-    monkeypatch.setitem(losses.CHUNK_LOGITS, "cpu", 9 * tiny.VOCABULARY)
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 9 * tiny.VOCABULARY * 4)
 
 
 def model_of(family: str, tied: bool, softcap: float | None = None) -> Any:

@@ -66,7 +66,7 @@ def stage(**changes: Any) -> StageSettings:
 
 
 def memory(settings: StageSettings, dims: Dimensions = SMALL, length: int = 8, rows: int = 1, **where: Any) -> Memory:
-    return stage_memory(dims, settings, NEW, length, rows, **{"device": "cuda", **where})
+    return stage_memory(dims, settings, NEW, length, rows, **{"stored_bytes": 4, "device": "cuda", **where})
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,11 @@ def test_tied_rows_count_once() -> None:
     assert memory(stage(output_rows="new"), tied).weights == 4 * 1120
 
 
-def test_a_mapped_file_keeps_what_the_model_replaced() -> None:
-    settings = stage(output_rows="all")
-    assert memory(settings, device="cpu", mapped=True).weights == memory(settings).weights + 4 * 1000
+def test_frozen_matrices_stay_as_narrow_as_they_are_stored() -> None:
+    for settings, weights in ((stage(input_rows="new"), 2 * 2000 + 4 * 120), (stage(output_rows="all"), 2480)):
+        assert memory(settings, stored_bytes=2).weights == weights
+    narrow = stage(input_rows="new", precision="bf16")
+    assert memory(narrow, stored_bytes=4).weights == memory(narrow, stored_bytes=2).weights == 2 * 2120
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3"])
@@ -246,7 +248,7 @@ def test_time_counts_what_is_computed_again() -> None:
 def job(dims: Dimensions, **changes: Any) -> Job:
     settings = stage(**{"precision": "bf16", "micro_batch": None, "rows_per_step": 16, **changes})
     rates = {"flops_per_second": 6e13, "bytes_per_second": 7.7e11}
-    return Job(dims, settings, 6143, 2048, device="cuda", mapped=False, **rates)
+    return Job(dims, settings, 6143, 2048, stored_bytes=2, device="cuda", **rates)
 
 
 LORA = LoraSettings(

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 
 import lingraft
 from lingraft import processes
-from lingraft.errors import RunError
+from lingraft.errors import RecipeError, RunError
 from lingraft.training.batches import Batches, MicroBatch
 from lingraft.training.settings import LoraSettings, StageSettings
 from lingraft.training.stage import run_stage, train_stage, write_stage
@@ -57,9 +58,9 @@ def settings_of(case: str) -> StageSettings:
     return replace(tiny.STAGE_SETTINGS, **(STAGES[stage] | changes))
 
 
-def batches(seed: int = 0) -> Batches:
-    """`STEPS` steps of up to five rows, which two processes can't share evenly."""
-    chance = np.random.default_rng(seed)
+def batches(steps: int = STEPS) -> Batches:
+    """Steps of up to five rows, which two processes can't share evenly."""
+    chance = np.random.default_rng(steps)
     documents = [
         Encoded(ids, np.arange(len(ids)) > 0, f"d#{i}")
         for i, ids in enumerate(
@@ -67,7 +68,7 @@ def batches(seed: int = 0) -> Batches:
         )
     ]
     made = Batches({"a": documents}, {"a": 1.0}, sequence_length=64, rows_per_step=5, pad=0, bos=2, seed=0, epochs=2)
-    made._starts_S = made._starts_S[: STEPS + 1]
+    made._starts_S = made._starts_S[: steps + 1]
     return made
 
 
@@ -91,7 +92,8 @@ def train(folder: Path, case: str, killed_at: int) -> Any:
     read = Killing(killed_at) if killed_at and processes.rank() == 1 else batches()
     (folder / case).mkdir(exist_ok=True)
     settings = replace(settings_of(case), checkpoint_seconds=1e-9 if killed_at else 1e9)
-    return train_stage(folder / "source", folder / case, settings, read, NEW_IDS, validation=batches(seed=1))
+    held_out = batches(steps=2) if settings.validates else None
+    return train_stage(folder / "source", folder / case, settings, read, NEW_IDS, validation=held_out)
 
 
 class Killing:
@@ -157,41 +159,48 @@ def with_source(folder: Path, source: Path) -> Path:
     return folder
 
 
-COMPARED = [f"{stage}-{way}" for way in WAYS for stage in ("rows", "output", "all-rows", "lora", "qlora", "layers")]
+QUICK = [f"{stage}-{way}" for way in ("ddp", "fsdp") for stage in ("rows", "all-rows", "lora")]
+THOROUGH = [c for c in (f"{stage}-{way}" for way in WAYS for stage in STAGES) if c not in QUICK and "dropout" not in c]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """Every stage in every way, by two processes."""
-    folder = with_source(tmp_path_factory.mktemp("two"), source)
-    code, out = run(__file__, folder, *COMPARED)
-    assert code == 0, out
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Callable[[str], Path]:
+    """A stage by two processes, which train all of `QUICK` or of `THOROUGH` one after another."""
+
+    @cache
+    def train_all(cases: tuple[str, ...]) -> Path:
+        folder = with_source(tmp_path_factory.mktemp("two"), source)
+        code, out = run(__file__, folder, *cases)
+        assert code == 0, out
+        return folder
+
+    return lambda case: train_all(tuple(QUICK if case in QUICK else THOROUGH)) / case
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Any:
+def alone(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Callable[[str], Path]:
     """A stage by one process, with three rows at a time."""
-    folder = tmp_path_factory.mktemp("one")
 
+    @cache
     def train_alone(stage: str) -> Path:
-        place = folder / stage
-        if not place.is_dir():
-            place.mkdir()
-            settings = replace(settings_of(f"{stage}-ddp"), micro_batch=3)
-            run_stage(source, place / "out", place, settings, batches(), NEW_IDS, validation=batches(seed=1))
+        place = tmp_path_factory.mktemp(stage)
+        settings = replace(settings_of(f"{stage}-ddp"), micro_batch=3)
+        held_out = batches(steps=2) if settings.validates else None
+        run_stage(source, place / "out", place, settings, batches(), NEW_IDS, validation=held_out)
         return place
 
     return train_alone
 
 
-@pytest.mark.parametrize("case", COMPARED)
-def test_two_processes_learn_what_one_learns(trained: Path, alone: Any, source: Path, case: str) -> None:
-    one = alone(case.rpartition("-")[0])
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in THOROUGH)])
+def test_two_processes_learn_what_one_learns(
+    trained: Callable[[str], Path], alone: Callable[[str], Path], source: Path, case: str
+) -> None:
+    one, two = alone(case.rpartition("-")[0]), trained(case)
     assert len(logged(one)) == STEPS
     for what in ("loss", "gradient_norm", "validation_loss"):
-        np.testing.assert_allclose(logged(trained / case, what), logged(one, what), rtol=1e-5, err_msg=what)
-    before, expected, found = weights(source), weights(one / "out"), weights(trained / case / "out")
+        np.testing.assert_allclose(logged(two, what), logged(one, what), rtol=1e-5, err_msg=what)
+    before, expected, found = weights(source), weights(one / "out"), weights(two / "out")
     assert any(not torch.equal(expected[name], before[name]) for name in before)
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
@@ -202,6 +211,13 @@ def test_one_process_is_alone() -> None:
     assert processes.together(lambda a, b: (a + b, processes.size()), 1, b=2) == (3, 1)
     assert processes.led(lambda: processes.together(processes.size)) == 1
     assert processes.speaks()
+
+
+@pytest.mark.parametrize("way", ["fsdp", "zero2"])
+def test_states_in_8_bits_are_not_shared_out(tmp_path: Path, way: str) -> None:
+    recipe = tiny.write_recipe(tmp_path, tmp_path)
+    with pytest.raises(RecipeError, match=f"parallel: {way} shares out the states of optimizer: adamw only; set it"):
+        lingraft.load_recipe(recipe, [f"training.parallel={way}", "training.optimizer=adamw_8bit"])
 
 
 @pytest.mark.slow

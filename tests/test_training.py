@@ -173,12 +173,15 @@ def test_learning_rate_warms_up_then_falls() -> None:
         {"input_rows": "new"},
         {"input_rows": "all", "output_rows": "all", "layers": "lora", "lora": replace(LORA, dropout=0.1)},
         {"layers": "all", "gradient_checkpointing": True},
+        {"output_rows": "all", "layers": "lora", "lora": LORA, "quantise": "nf4", "optimizer": "adamw_8bit"},
     ],
-    ids=["rows", "lora with dropout", "layers"],
+    ids=["rows", "lora with dropout", "layers", "qlora with 8-bit states"],
 )
 def test_interrupted_stage_resumes_to_the_same_bits(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:
+    if "quantise" in changes:
+        pytest.importorskip("bitsandbytes")
     source = checkpoint(tmp_path, tiny_tokenizer, "gemma3", tied=False)
     settings = replace(SETTINGS, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

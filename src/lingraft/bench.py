@@ -97,7 +97,7 @@ def bench(
         write_random(config, model, DTYPES[dtype])
         for number in chosen:
             setup = Setup(eeve_stage(number, settings), number, row_tokens, -(-tokens // row_tokens), steps, new_rows)
-            results.append({"shape": shape, **in_own_process(setup, model, Path(folder) / "work")})
+            results.append({"shape": shape, **in_own_process(setup, model, Path(folder))})
     return results
 
 
@@ -105,7 +105,8 @@ def text_model(config: Any) -> Any:
     """The configuration of the shape's language model alone, its matrices untied."""
     text = config.get_text_config()
     text.tie_word_embeddings = False
-    text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    text.architectures = [kind.__name__]
     return text
 
 
@@ -201,8 +202,7 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
     settings = replace(stage_settings(setup.stage, config.model_type, seed=0), rows_per_step=setup.rows)
     new_ids = list(range(dims.rows - setup.new_rows, dims.rows))
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
-    clock = _Clock(device)
-    with tempfile.TemporaryDirectory(dir=work.parent) as scratch:
+    with _Clock(device) as clock, tempfile.TemporaryDirectory(dir=work) as scratch:
         result = run_stage(
             model,
             Path(scratch) / "out",
@@ -216,7 +216,13 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
     step_tokens = setup.rows * setup.row_tokens
     flops = flops_per_token(dims, settings, setup.new_rows, setup.row_tokens)
     predicted = stage_memory(
-        dims, settings, setup.new_rows, setup.row_tokens, clock.rows, device=device.type, mapped=device.type == "cpu"
+        dims,
+        settings,
+        setup.new_rows,
+        setup.row_tokens,
+        clock.rows,
+        stored_bytes=BYTES[settings.precision],
+        device=device.type,
     )
     linear = NF4_BYTES if settings.quantise == "nf4" else BYTES[settings.precision]
     seconds = clock.seconds_per_step()
@@ -258,8 +264,17 @@ class _Clock:
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows = device, 0
         self.marks: list[tuple[str, float]] = []
-        register_optimizer_step_pre_hook(lambda *_: self.mark("trunk_backward"))
-        register_optimizer_step_post_hook(lambda *_: self.mark("optimizer"))
+
+    def __enter__(self) -> _Clock:
+        self._hooks = (
+            register_optimizer_step_pre_hook(lambda *_: self.mark("trunk_backward")),
+            register_optimizer_step_post_hook(lambda *_: self.mark("optimizer")),
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def mark(self, part: str) -> None:
         """What was done since the last mark belongs to `part`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lingraft.steps.stage import stage_settings
 from lingraft.training.devices import DEVICES, Device, measured
 from lingraft.training.fit import Job, Way
 from lingraft.training.flops import flops_per_token
-from lingraft.training.memory import BYTES, OPTIMIZER_BYTES, trained_values
+from lingraft.training.memory import OPTIMIZER_BYTES, trained_values
 
 CARDS_GB = (16.0, 24.0, 48.0, 80.0)
 # What of a card's memory a run may fill: the driver, its libraries and gaps between blocks take the rest.
@@ -87,12 +87,13 @@ def forecast(
         settings,
         new_rows,
         stage.sequence_length,
-        device.kind,
-        mapped=device.kind == "cpu" and BYTES[stage.precision] == shape.stored_bytes,
+        stored_bytes=shape.stored_bytes,
+        device=device.kind,
         flops_per_second=device.utilisation * device.peak.rate(stage.precision),
         bytes_per_second=device.peak.bandwidth,
     )
     given = job.with_changes({})
+    on_card = replace(job, device="cuda")
     trained = trained_values(dims, settings, new_rows).total
     expected, origin = expected_tokens(plan, step, tokens)
     return {
@@ -109,8 +110,8 @@ def forecast(
             "model": dims.parameters * shape.stored_bytes / GB,
             "checkpoints": (settings.keep_checkpoints + 1) * trained * (4 + OPTIMIZER_BYTES[settings.optimizer]) / GB,
         },
-        "cards": {f"{size:g}": _verdict(job.within(USABLE * size * GB), given) for size in memory_gb},
-        "least": _verdict(job.smallest(), given),
+        "cards": {f"{size:g}": _verdict(on_card.within(USABLE * size * GB), given) for size in memory_gb},
+        "least": _verdict(on_card.smallest(), given),
     }
 
 

@@ -1,8 +1,8 @@
 """One run by several processes, as `torchrun` or `accelerate launch` start them.
 
 The first process runs the recipe: it alone holds the run's lock, reads, scores and publishes. The others wait until it
-calls them `together` for a piece of work, a training stage, and then wait again. They wait on the launcher's key-value
-store and in no collective operation, so the first may take as long as it needs in between.
+calls them `together` for a piece of work, a training stage, and then wait again. They look for its call in the
+launcher's key-value store and wait in no collective operation, so the first may take as long as it needs in between.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 from lingraft.errors import RunError
 
-# For the next piece of work. What the first process does alone (a corpus, an evaluation) may take days.
-WAIT = timedelta(days=365)
-# For each other during the work. Long enough for one of them to write a checkpoint to a slow disk meanwhile.
+# How often a process that waits looks for its next piece of work.
+LOOK_SECONDS = 0.1
+# How long processes wait for each other during the work: one of them may have to write a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 P = ParamSpec("P")
@@ -90,10 +91,10 @@ class _Team:
         self.store: Any = distributed.PrefixStore("lingraft", store)
         self.told = 0
         self.at_work = False
-
-    def lead(self, work: Callable[[], T]) -> T:
         # a launcher ends its processes this way when it is told to stop, or when one of them has died
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def lead(self, work: Callable[[], T]) -> T:
         try:
             result = work()
         except BaseException:
@@ -103,8 +104,6 @@ class _Team:
         return result
 
     def follow(self) -> Any:
-        for number in (signal.SIGINT, signal.SIGTERM):  # Python's own handler waits until the store answers
-            signal.signal(number, signal.SIG_DFL)
         while True:
             news, what = self.hear()
             if news == "finished":
@@ -134,11 +133,15 @@ class _Team:
     def hear(self) -> tuple[str, Any]:
         key = f"news {self.told}"
         self.told += 1
-        self.store.wait([key], WAIT)
+        while not self.store.check([key]):
+            time.sleep(LOOK_SECONDS)
         return pickle.loads(self.store.get(key))
 
     def first_at(self, what: str) -> bool:
-        return self.store.add(what, 1) == 1
+        try:
+            return self.store.add(what, 1) == 1
+        except RuntimeError:  # the store has died with the process that kept it
+            return True
 
     def part(self) -> None:
         from torch import distributed

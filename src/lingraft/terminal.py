@@ -67,9 +67,9 @@ def _forecast(data: dict[str, Any]) -> str:
     stages = data["stages"]
     memory: list[Row] = [("", "values that train", *_MEMORY_PARTS)]
     memory += [
-        (s["name"], f"{s['trainable']:,}", *(f"{s['memory_gb'][part]:.2f}" for part in _MEMORY_PARTS)) for s in stages
+        (s["name"], f"{s['trainable']:,}", *(_gb(s["memory_gb"][part]) for part in _MEMORY_PARTS)) for s in stages
     ]
-    times: list[Row] = [("", "tokens/s", "tokens", "hours", "model", "checkpoints")]
+    times: list[Row] = [("", "tokens/s", "tokens", "time", "model", "checkpoints")]
     for s in stages:
         known = s["expected_tokens"] is not None
         times.append(
@@ -77,8 +77,8 @@ def _forecast(data: dict[str, Any]) -> str:
                 s["name"],
                 f"{s['tokens_per_second']:,.0f}",
                 f"{s['expected_tokens']:,}" if known else "–",
-                f"{s['seconds'] / 3600:,.1f}" if known else "–",
-                *(f"{s['disk_gb'][part]:.1f} GB" for part in ("model", "checkpoints")),
+                _time(s["seconds"]) if known else "–",
+                *(f"{_gb(s['disk_gb'][part])} GB" for part in ("model", "checkpoints")),
             )
         )
     cards: list[Row] = [("", *(f"{size} GB card" for size in stages[0]["cards"]), "at least")]
@@ -93,7 +93,7 @@ def _forecast(data: dict[str, Any]) -> str:
         *(f"time at {assumed}" for assumed in dict.fromkeys(s["assumed"] for s in stages)),
         *(f"  tokens: {reason}" for reason in unknown),
         table(times, "  "),
-        f"  disk at most {data['disk_gb']:,.1f} GB, beside the base and the corpus",
+        f"  disk at most {_gb(data['disk_gb'])} GB, beside the base and the corpus",
         "",
         "fits, or fits with these changes of the recipe (× time)",
         table(cards, "  "),
@@ -112,7 +112,17 @@ def _verdict(way: dict[str, Any] | None) -> str:
 
 def _least(way: dict[str, Any]) -> str:
     changed = "" if not way["changes"] else f": {_verdict(way)}"
-    return f"{way['peak_gb']:.1f} GB{changed}"
+    return f"{_gb(way['peak_gb'])} GB{changed}"
+
+
+def _gb(size: float) -> str:
+    return f"{size:.1f}" if size >= 10 else f"{size:.2f}" if size >= 0.1 else f"{size:.3f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def _changed(way: dict[str, Any] | None) -> list[tuple[str, Any]]:
@@ -135,7 +145,7 @@ def bench(stages: Sequence[dict[str, Any]]) -> str:
                 f"{s['stage']} {s['name']}",
                 f"{s['tokens_per_second']:,.1f}",
                 f"{s['matmul_utilisation']:.0%}",
-                *(f"{s[key]:.2f}" for key in ("peak_memory_gb", "predicted_memory_gb", "weights_gb")),
+                *(_gb(s[key]) for key in ("peak_memory_gb", "predicted_memory_gb", "weights_gb")),
                 *parts,
             )
         )

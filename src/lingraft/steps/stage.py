@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lingraft.steps.batches import make_batches, validation_batches
 from lingraft.steps.context import Context, new_token_ids
 from lingraft.training.settings import LoraSettings, StageSettings
 from lingraft.training.stage import Learnt, train_stage, write_stage
-from lingraft.training.watch import LOG, Entry, named, reset_peak_memory
+from lingraft.training.watch import LOG, Entry, named, reset_peak_memory, write_log
 
 LOGGED_POINTS = 400
 LISTED_SPIKES = 20
@@ -28,7 +27,7 @@ def run(context: Context, stage: Stage, index: int, source: Path, out: Path, wor
     learnt, left_out = together(_train, context, stage, settings, source, work)
     result = write_stage(source, out, learnt, new_token_ids(source))
     log = result.loop.log
-    shutil.copyfile(work / LOG, out / LOG)
+    write_log(out / LOG, log)
     every = max(1, len(log) // LOGGED_POINTS)
     spikes = [_spike(entry) for entry in log if "spike" in entry]
     return {

@@ -28,15 +28,16 @@ class Way:
 class Job:
     """A stage on a model, at the rates (FLOP/s, bytes/s) that matrix products and memory traffic are expected to have.
 
-    settings.micro_batch None stands for whatever fits: a row at a time is counted. device, mapped: see `stage_memory`.
+    settings.micro_batch None stands for whatever fits: a row at a time is counted. stored_bytes, device: see
+    `stage_memory`.
     """
 
     dims: Dimensions
     settings: StageSettings
     new_rows: int
     sequence_length: int
+    stored_bytes: int
     device: str
-    mapped: bool
     flops_per_second: float
     bytes_per_second: float
 
@@ -48,7 +49,7 @@ class Job:
         micro_batch = settings.micro_batch or 1
         return Way(
             changes,
-            stage_memory(*shape, micro_batch, device=self.device, mapped=self.mapped),
+            stage_memory(*shape, micro_batch, stored_bytes=self.stored_bytes, device=self.device),
             seconds_per_token(
                 *shape,
                 micro_batch,

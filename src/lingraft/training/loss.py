@@ -7,7 +7,7 @@ kept for the gradient of these rows. Where the whole matrix trains, the logits o
 in the model's precision, since making them again would cost one more product.
 
 Only positions that are learnt reach the output matrix. What a chunk of positions needs beside its result is at most
-CHUNK_LOGITS values; the gradients are made in the forward pass, so nothing else waits for the backward pass.
+CHUNK_BYTES; the gradients are made in the forward pass, so nothing else waits for the backward pass.
 
 Shapes: N learnt positions, D width, V vocabulary, M new rows, b rows of a block.
 """
@@ -25,15 +25,15 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from lingraft.errors import ModelError
-from lingraft.model.rows import RowwiseEmbedding, RowwiseHead, pop_gradient
+from lingraft.model.rows import RowwiseEmbedding, RowwiseHead
 from lingraft.training.batches import IGNORED
 
 # Logits of a block: on a CPU they stay in its cache, on a GPU they are enough to keep it busy.
 BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 BLOCK_ROWS = 1024  # at least
 BLOCK_WEIGHTS = 1 << 25  # at most: a block of a matrix that trains is converted, and its gradient made, beside it
-# Logits that are kept at a time where the whole matrix trains: 128 MiB in float32, 512 MiB in bfloat16.
-CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+# Logits that are kept at a time where the whole matrix trains: 512 positions of a 262 k vocabulary in bfloat16.
+CHUNK_BYTES = {"cpu": 280_000_000, "cuda": 560_000_000}
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 8192}
 
 
@@ -55,11 +55,15 @@ class _Block:
             logits_Nb.index_fill_(1, self.unseen, -torch.inf)
         return logits_Nb
 
-    def labels(self, places_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions whose label lies in the block, and the labels' places in it."""
-        inside = (places_N >= self.first) & (places_N < self.first + len(self.weight))
-        positions = inside.nonzero().squeeze(1)
-        return positions, places_N[positions] - self.first
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + len(self.weight))
+
+
+def _labels(rows: slice, places_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions whose label lies in a block of rows, and the labels' places in it."""
+    positions = ((places_N >= rows.start) & (places_N < rows.stop)).nonzero().squeeze(1)
+    return positions, places_N[positions] - rows.start
 
 
 class _Softmax:
@@ -73,7 +77,7 @@ class _Softmax:
     def add(self, block: _Block, logits_Nb: Tensor, places_N: Tensor) -> tuple[Tensor, Tensor]:
         """Take a block in. Returns exp(logits − maximum so far), written over the logits, and the factor by which
         what was summed up before has shrunk."""
-        positions, inside = block.labels(places_N)
+        positions, inside = _labels(block.rows, places_N)
         self.label_N[positions] = logits_Nb[positions, inside]
         maximum = torch.maximum(self.maximum_N, logits_Nb.amax(dim=1, keepdim=True))
         shrunk_N = (self.maximum_N - maximum).exp_()
@@ -186,16 +190,16 @@ def _frozen_chunk(
         gradient_ND.copy_(pull_ND.div_(softmax.sum_N).sub_(own_ND))
     if kept_NM is not None:
         assert gradient_MD is not None
-        error_NM = _error(_Block(gradient_MD, rows), kept_NM, softmax.log_sum(), places_N, softcap)
+        error_NM = _error(slice(rows, rows + len(gradient_MD)), kept_NM, softmax.log_sum(), places_N, softcap)
         gradient_MD += torch.mm(error_NM.to(dtype).t(), hidden_ND)
     return softmax.loss
 
 
-def _error(block: _Block, logits_Nb: Tensor, log_sum_N: Tensor, places_N: Tensor, softcap: float | None) -> Tensor:
+def _error(rows: slice, logits_Nb: Tensor, log_sum_N: Tensor, places_N: Tensor, softcap: float | None) -> Tensor:
     """The gradient of the loss with respect to a block's logits before capping, written over them."""
     slope_Nb = _slope(logits_Nb, softcap)
     error_Nb = logits_Nb.sub_(log_sum_N).exp_()
-    positions, inside = block.labels(places_N)
+    positions, inside = _labels(rows, places_N)
     error_Nb[positions, inside] -= 1
     return error_Nb if slope_Nb is None else error_Nb.mul_(slope_Nb)
 
@@ -214,26 +218,29 @@ class TrainedMatrixLoss(Function):
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        gradient_VD = pop_gradient(values_VD) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(hidden_ND), chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.device.type)):
+        gradient_VD = values_VD.grad if ctx.needs_input_grad[1] else None
+        adds = gradient_VD is not None  # else the first chunk's is written, over whatever is there
+        if ctx.needs_input_grad[1]:
+            values_VD.grad = None  # taken away, as `pop_gradient` does
+            if gradient_VD is None:
+                gradient_VD = torch.empty_like(values_VD) if len(hidden_ND) else torch.zeros_like(values_VD)
+        size = chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.element_size(), hidden_ND.device.type)
+        for part in _chunks(len(hidden_ND), size):
             hidden, labels = hidden_ND[part], labels_N[part]
             softmax = _Softmax(hidden)
-            kept = []
+            kept: list[tuple[slice, Tensor]] = []
             for block in _blocks(values_VD, hidden, []):
                 logits = block.logits(hidden, softcap)
                 if gradient_VD is not None:
-                    kept.append(logits.to(hidden.dtype, copy=True))
+                    kept.append((block.rows, logits.to(hidden.dtype, copy=True)))
                 softmax.add(block, logits, labels)
-            for block, logits in zip(_blocks(values_VD, hidden, []), kept, strict=gradient_VD is not None):
-                error = _error(block, logits.float(), softmax.log_sum(), labels, softcap).mul_(scale).to(hidden.dtype)
-                assert gradient_VD is not None
-                rows = gradient_VD[block.first : block.first + len(block.weight)]
-                if rows.dtype == hidden.dtype:
-                    rows.addmm_(error.t(), hidden)
-                else:
-                    rows += torch.mm(error.t(), hidden)
+            while kept and gradient_VD is not None:
+                rows, logits = kept.pop()
+                error = _error(rows, logits.float(), softmax.log_sum(), labels, softcap).mul_(scale).to(hidden.dtype)
+                _multiply_into(gradient_VD[rows], error.t(), hidden, adds)
                 if gradient_ND is not None:
-                    gradient_ND[part] += torch.mm(error, block.weight)
+                    gradient_ND[part] += torch.mm(error, values_VD[rows].detach().to(hidden.dtype))
+            adds = True
             total += softmax.loss
         ctx.gradients = gradient_ND, gradient_VD
         return total * scale
@@ -245,9 +252,20 @@ class TrainedMatrixLoss(Function):
         return *gradients, None, None, None
 
 
-def chunk_positions(positions: int, vocabulary: int, device: str) -> int:
-    """How many positions have their logits kept at a time, where the whole matrix trains."""
-    return -(-positions // max(-(-positions * vocabulary // CHUNK_LOGITS[device]), 1))
+def _multiply_into(rows: Tensor, one: Tensor, other: Tensor, adds: bool) -> None:
+    """rows (+)= one @ other, the product in its factors' precision."""
+    if rows.dtype == one.dtype:
+        rows.addmm_(one, other, beta=int(adds))  # with beta 0 what was there is not read
+    elif adds:
+        rows += torch.mm(one, other)
+    else:
+        rows.copy_(torch.mm(one, other))
+
+
+def chunk_positions(positions: int, vocabulary: int, value_bytes: int, device: str) -> int:
+    """How many positions have their logits kept at a time, in values of so many bytes, where the matrix trains."""
+    chunks = -(-positions * vocabulary * value_bytes // CHUNK_BYTES[device])
+    return -(-positions // max(chunks, 1))
 
 
 def block_rows(positions: int, width: int, device: str) -> int:

@@ -95,59 +95,56 @@ def stage_memory(
     sequence_length: int,
     micro_batch: int,
     *,
+    stored_bytes: int,
     device: str,
-    mapped: bool = False,
 ) -> Memory:
     """What a stage needs in training, on a device by itself. Towers for images are not loaded.
 
     Args:
         micro_batch: rows of `sequence_length` tokens that go through the model at a time.
-        device: `cpu` or `cuda`.
-        mapped: frozen weights are mapped from the checkpoint's file, as they are on a CPU in the precision in which
-            they are stored; what trains or is quantised then stays resident as it was, in memory that the system may
-            take back.
+        stored_bytes: of a value in the checkpoint's files; device: `cpu` or `cuda`.
     """
     held = BYTES[settings.precision]
     tokens = micro_batch * sequence_length
     trained = trained_values(dims, settings, new_rows)
     kept, layer = _activations(dims, settings, held)
-    beside = _replaced(dims, settings) + (settings.quantise == "nf4") * dims.linear
+    copies = trained.layers * held if held < 4 else 0  # autocast's, of float32 layers and adapters
     return Memory(
-        weights=_frozen(dims, settings, held) + (beside * held if mapped else 0),
+        weights=_frozen(dims, settings, stored_bytes, device),
         trained=4.0 * trained.total,
         gradients=4.0 * trained.total,
         optimizer=OPTIMIZER_BYTES[settings.optimizer] * trained.total,
-        activations=tokens * kept + _mask(dims, held, micro_batch, sequence_length) + KEPT_BYTES[device],
+        activations=tokens * kept + copies + _mask(dims, held, micro_batch, sequence_length) + KEPT_BYTES[device],
         layer=tokens * layer,
         loss=_loss(dims, settings, new_rows, held, tokens, device),
     )
 
 
-def _replaced(dims: Dimensions, settings: StageSettings) -> int:
-    """Values of the checkpoint whose place in the model is taken by a float32 parameter."""
+def _frozen(dims: Dimensions, settings: StageSettings, stored: int, device: str) -> float:
+    """Bytes of the weights that don't train. A matrix that trains whole takes the place of the frozen one; one that is
+    frozen stays as narrow as it is stored."""
+    held = BYTES[settings.precision]
     sides = vocabulary_rows(dims, settings)
-    matrices = sides[:1] if dims.tied else sides
-    return sum(which == "all" for which in matrices) * dims.matrix + (settings.layers == "all") * dims.body
-
-
-def _frozen(dims: Dimensions, settings: StageSettings, held: int) -> float:
-    """Bytes of the weights that are not replaced."""
-    matrices = dims.matrix * (1 if dims.tied else 2)
-    if settings.layers != "all" and settings.quantise == "nf4":
-        unquantised = matrices + dims.body - _replaced(dims, settings) - dims.linear
-        return unquantised * held + dims.linear * NF4_BYTES
-    return (matrices + dims.body - _replaced(dims, settings)) * held
+    frozen = sum(which != "all" for which in (sides[:1] if dims.tied else sides)) * dims.matrix
+    if settings.layers == "all":
+        return frozen * min(held, stored)
+    if settings.quantise == "none":
+        return frozen * min(held, stored) + dims.body * held
+    quantised = (frozen + dims.body - dims.linear) * held + dims.linear * NF4_BYTES
+    # on a CPU, what was mapped to be quantised or replaced stays resident, until the system wants the memory back
+    mapped = dims.parameters - dims.other - frozen - (dims.body - dims.linear)
+    return quantised + (mapped * held if device == "cpu" and held == stored else 0)
 
 
 def _activations(dims: Dimensions, settings: StageSettings, held: int) -> tuple[float, float]:
     """Bytes of a token: those that the trunk keeps until its backward pass, and those that a layer at work needs."""
     attention = dims.heads * dims.head_width
-    working = (3 * dims.hidden + 2 * dims.width) * held
+    working: float = (3 * dims.hidden + 2 * dims.width) * held
     if not passes_back(dims, settings):
         return 0, working + 4 * dims.width
     repeated = attention if dims.kv_heads > 1 else dims.head_width  # keys and values are repeated for their heads
     # inputs of norms in float32; queries, keys, values and result; the gate before and after, and what it lets through
-    saved = 4 * dims.normed + (2 * attention + 2 * repeated + 3 * dims.hidden) * held
+    saved: float = 4 * dims.normed + (2 * attention + 2 * repeated + 3 * dims.hidden) * held
     distinct_inputs = 2 * dims.width + attention + dims.hidden
     if settings.layers == "all":
         saved += 4 * dims.normed + distinct_inputs * held
@@ -175,7 +172,7 @@ def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, t
     _, output = vocabulary_rows(dims, settings)
     states = dims.width * held * (1 + passes_back(dims, settings)) * tokens
     if output == "all":
-        positions = chunk_positions(tokens, dims.rows, device)
+        positions = chunk_positions(tokens, dims.rows, held, device)
         rows = min(block_rows(positions, dims.width, device), dims.rows)
         cast = 2 * rows * dims.width * held if held < 4 else 0
         return states + positions * (dims.rows * held + rows * (8 + held)) + cast

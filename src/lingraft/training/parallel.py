@@ -1,9 +1,9 @@
 """How several processes share a stage. Each takes its part of a step's micro-batches; their gradients are summed.
 
     ddp     every process holds everything
-    fsdp    the processes share out the layers and whatever trains, with its gradients and the optimiser's states; a
-            layer is gathered while it is used (PyTorch's FSDP2). Frozen vocabulary matrices and layers in 4 bits stay
-            whole everywhere
+    fsdp    the processes share out the layers, each of which is gathered while it is used (PyTorch's FSDP2), and the
+            gradients and the optimiser's states of whatever trains. Vocabulary matrices, which are used as a whole,
+            and layers in 4 bits stay whole in every process
     zero2   every process holds the weights; they share out gradients and the optimiser's states, and keep the latter in
             CPU memory (DeepSpeed's ZeRO-2 with offload, arXiv 1910.02054, 2101.06840)
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from lingraft.model.load import to_device
 from lingraft.training.batches import IGNORED, MicroBatch
 from lingraft.training.optimizer import clip_gradients, make_optimizer
 from lingraft.training.settings import StageSettings
+
+# torch 2.13 has renamed them
+reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
+all_gather: Any = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
 
 class Parallel:
@@ -79,21 +84,23 @@ class Parallel:
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
         """Sum the gradients over the processes and clip their norm, which is returned as it was before."""
-        parameters = list(parameters)
-        if self.size > 1:
-            self._sum_gradients(parameters)
-        return clip_gradients(parameters, limit)
+        return clip_gradients(self._sum_gradients(list(parameters)), limit)
 
-    def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        used = self._reduce([float(p.grad is not None) for p in parameters], distributed.ReduceOp.MAX)
-        at_work = []
-        for parameter in (p for p, anywhere in zip(parameters, used, strict=True) if anywhere):
-            if parameter.grad is None:
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Sum them over the processes; returns what has the sums."""
+        if self.size > 1:
+            self._complete(parameters)
+            sums = [distributed.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+            for work in sums:
+                work.wait()  # type: ignore[union-attr]
+        return parameters
+
+    def _complete(self, parameters: list[nn.Parameter]) -> None:
+        """Give zeros to parameters that had a gradient elsewhere only."""
+        used = self.most(*(p.grad is not None for p in parameters))
+        for parameter, anywhere in zip(parameters, used, strict=True):
+            if anywhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            at_work.append(distributed.all_reduce(parameter.grad, async_op=True))
-        for work in at_work:
-            assert work is not None
-            work.wait()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take an optimiser step with the clipped gradients and drop them."""
@@ -151,31 +158,104 @@ class Parallel:
         """Let go of the model."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A parameter that is whole in every process, and the rows of it that this process steps.
+
+    padded: the parameter's memory, in as many equal parts as there are processes. own: this process's part, less the
+    padding, as a part of the parameter.
+    """
+
+    parameter: nn.Parameter
+    padded: Tensor
+    own: nn.Parameter
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, mesh: DeviceMesh) -> _Rows:
+        rows, count = len(parameter), math.ceil(len(parameter) / mesh.size())
+        padded = _padded(parameter.data, count * mesh.size())
+        parameter.data = padded[:rows]
+        first = min(mesh.get_rank() * count, rows)
+        own = DTensor.from_local(
+            padded[first : min(first + count, rows)],
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return cls(parameter, padded, nn.Parameter(own))
+
+    def reduce(self) -> None:
+        """Sum the parameter's gradient over the processes into that of the own rows."""
+        gradient, self.parameter.grad = self.parameter.grad, None
+        if gradient is not None:
+            part = torch.empty_like(self._part())
+            reduce_scatter(part, _padded(gradient, len(self.padded)))
+            spec: Any = self.own.data
+            own = part[: len(spec.to_local())]
+            self.own.grad = DTensor.from_local(
+                own, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride()
+            )
+
+    def gather(self) -> None:
+        """Bring the other processes' rows up to date."""
+        all_gather(self.padded, self._part())
+
+    def _part(self) -> Tensor:
+        mesh = self.own.data.device_mesh  # type: ignore[attr-defined]
+        return self.padded.chunk(mesh.size())[mesh.get_rank()]
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with zero rows added up to `rows`; itself where it has as many."""
+    missing = rows - len(tensor)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
 class _FullyShardedParallel(Parallel):
     def place(self, model: PreTrainedModel, settings: StageSettings) -> None:
         """Layers go to the device one by one, when they are shared out."""
 
     def shard(self, model: PreTrainedModel, loss_model: nn.Module, settings: StageSettings) -> None:
-        mesh = DeviceMesh(self.device.type, list(range(self.size)))
+        self.mesh = DeviceMesh(self.device.type, list(range(self.size)))
         decoder: Any = model.get_decoder()
         layers = decoder.layers if settings.quantise == "none" else []
         inside = {parameter for layer in layers for parameter in layer.parameters()}
-        whole = {p for p in loss_model.parameters() if not (p in inside or p.requires_grad)}
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(loss_model, mesh=mesh, ignored_params=whole)
-        self.sharded = [module for module in loss_model.modules() if isinstance(module, FSDPModule)]
-        for module in self.sharded:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            fully_shard(layer, mesh=self.mesh)
+        fully_shard(loss_model, mesh=self.mesh, ignored_params=set(loss_model.parameters()) - inside)
+        for module in loss_model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         loss_model.to(self.device)
 
-    def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """They are summed in the backward pass, in which every process keeps its own part."""
+    def prepare(
+        self, loss_model: nn.Module, groups: list[dict[str, Any]], settings: StageSettings
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        whole = [p for group in groups for p in group["params"] if not isinstance(p, DTensor)]
+        self.rows = {parameter: _Rows.of(parameter, self.mesh) for parameter in whole}
+        groups = [group | {"params": self._stepped(group["params"])} for group in groups]
+        return super().prepare(loss_model, groups, settings)
 
-    def filled(self) -> None:
-        for module in self.sharded:
-            module.reshard()  # what is gathered is out of date
+    def _stepped(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return [self.rows[p].own if p in self.rows else p for p in parameters]
+
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of the layers have been summed in the backward pass."""
+        self._complete(list(self.rows))
+        for rows in self.rows.values():
+            rows.reduce()
+        return self._stepped(parameters)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().step(optimizer)
+        for rows in self.rows.values():
+            rows.gather()
+
+    def stepped(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+        return dict(zip(parameters, self._stepped(parameters.values()), strict=True))
 
 
 class _ZeroParallel(Parallel):
@@ -197,7 +277,8 @@ class _ZeroParallel(Parallel):
         config = {
             "train_micro_batch_size_per_gpu": 1,  # not used: a step's micro-batches are counted by `backward`
             "gradient_clipping": settings.clip,
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            # buffers of 500 million values, its default, would take 2 GB
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5e7},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as good there, and needs no compiler
         }

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -128,11 +128,12 @@ class StageLog:
     Args:
         events: the folder for TensorBoard; None for none.
         writes: whether this is the process that writes; the others only read.
+    Raises:
+        TrainingError: the log on disk is damaged.
     """
 
     def __init__(self, path: Path, steps: int, events: Path | None, writes: bool = True) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
-        self.entries: list[Entry] = [json.loads(line) for line in lines]
+        self.entries = _read_log(path, steps)
         self._path = path
         self._file: FileIO | None = None
         self._torn = False
@@ -172,7 +173,7 @@ class StageLog:
     def _rewritten(self) -> FileIO:
         """The file anew with all entries, open for more. Without a buffer: each line is there at once, or never."""
         beside = self._path.with_suffix(".partial")
-        beside.write_bytes(b"".join(map(_line, self.entries)))
+        write_log(beside, self.entries)
         os.replace(beside, self._path)
         return open(self._path, "ab", buffering=0)
 
@@ -191,6 +192,26 @@ class StageLog:
         except Exception as error:
             self._events = None
             say(f"  nothing for TensorBoard from here on ({type(error).__name__}: {error})", style="yellow")
+
+
+def write_log(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a whole log."""
+    path.write_bytes(b"".join(map(_line, entries)))
+
+
+def _read_log(path: Path, steps: int) -> list[Entry]:
+    """The entries of the first `steps` steps."""
+    try:
+        lines = path.read_bytes().splitlines()[:steps] if steps else []
+        entries = [json.loads(line) for line in lines]
+        if len(entries) < steps:
+            raise ValueError(f"it ends at step {len(entries)} of {steps}")
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path}: the stage's log is damaged ({error}); delete {path.parent} and give the same command again: the "
+            "stage starts anew"
+        ) from error
+    return entries
 
 
 def _line(entry: Entry) -> bytes:
