@@ -155,6 +155,8 @@ def disturb(recipe: Path, whole: Path, kills: int, number: signal.Signals, seed:
                 break
             os.killpg(process.pid, number)
             process.wait()
+            if last_line(broken / "log").startswith("report "):  # it was only leaving
+                break
             hits[moment] += 1
             check_death(process.returncode, number, broken / "log")
         finish(start(recipe, broken, []), broken)
@@ -187,8 +189,8 @@ def write_stage_recipe(folder: Path, stage: dict[str, Any], tokens: int = 60_000
 
 def begin_stage_anew(finished: Path, folder: Path) -> None:
     """A copy of the finished run that has yet to begin its stage."""
-    shutil.copytree(finished, folder, symlinks=True)
     run = folder / "run"
+    shutil.copytree(finished / "run", run, symlinks=True)
     for name in (STAGE, f"scores/{STAGE}"):
         shutil.rmtree(run / name)
     model = run / "model"
@@ -237,8 +239,12 @@ def check_death(returncode: int, number: signal.Signals, log: Path) -> None:
     if number == signal.SIGKILL:
         assert returncode == -signal.SIGKILL, returncode
         return
-    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    last = last_line(log)
     assert (returncode, last.partition(";")[0]) == (130, "error: interrupted"), (returncode, last)
+
+
+def last_line(log: Path) -> str:
+    return log.read_text(encoding="utf-8").splitlines()[-1]
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import lingraft
-from lingraft import terminal
+from lingraft import pipeline, terminal
 from lingraft.cli import app
 from lingraft.errors import ModelError
 from lingraft.families.shapes import SHAPES, shape_of_hub_name
@@ -328,18 +329,24 @@ def test_another_shape_and_other_cards(tmp_path: Path, tiny_gemma: Path) -> None
     assert plan["stages"][0]["cards"]["12"] is None
 
 
-def test_tokens_are_known_from_recipe_run_and_corpus(tmp_path: Path, tiny_gemma: Path) -> None:
+def test_tokens_are_known_from_recipe_run_and_corpus(
+    tmp_path: Path, tiny_gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = {"sequence_length": 128, "precision": "fp32", "gradient_checkpointing": False, "epochs": 1}
     rows = {"name": "rows", "train": {"input_rows": "new"}}
-    recipe = tiny.write_recipe(tmp_path, tiny_gemma, training=training, stages=[rows])
-    lingraft.run(recipe, tmp_path / "run")
+    recipe, run = tiny.write_recipe(tmp_path, tiny_gemma, training=training, stages=[rows]), tmp_path / "run"
 
     def expected(*overrides: str) -> tuple[int, str]:
-        found = lingraft.plan(recipe, tmp_path / "run", overrides)["stages"][0]
+        found = lingraft.plan(recipe, run, overrides)["stages"][0]
         return found["expected_tokens"], found["expected_from"]
 
+    with monkeypatch.context() as kept:
+        kept.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)
+        lingraft.run(recipe, run)
     read, origin = expected()
     assert origin == "the finished stage"
+    assert expected("training.learning_rate=2e-3") == (read, "the corpus as tokens")
+    shutil.rmtree(run / ".work")
     estimate, origin = expected("training.learning_rate=2e-3")
     assert origin == "the corpus's characters"
     assert estimate == pytest.approx(read, rel=0.15)

@@ -283,7 +283,7 @@ def test_a_run_has_one_voice_and_one_report(whole_run: tuple[Path, str]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_terminated_run_stops_at_one_step_and_resumes(
     whole_run: tuple[Path, str], tmp_path: Path, tiny_gemma: Path, way: str
 ) -> None:
@@ -304,7 +304,7 @@ def test_a_terminated_run_stops_at_one_step_and_resumes(
     for name, tensor in expected.items():
         if way == "ddp":
             assert torch.equal(found[name], tensor)
-        else:  # sums are split otherwise than in the whole run
+        else:  # sums round otherwise than in the whole run
             assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm()
 
 

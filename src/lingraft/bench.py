@@ -1,7 +1,7 @@
 """How fast the stages run and how much memory they take, at a known model's shape with random weights.
 
-Each stage is a whole one, through the real code from checkpoint to checkpoint, on synthetic tokens and in a process of
-its own, so that its peak memory is its own. What stands beside each other was measured in the same process: the
+Each stage is a real one, from loading the checkpoint to the last step, on synthetic tokens and in a process of its own,
+so that its peak memory is its own. What stands beside each other was measured in the same process: the
 stage's steps, and a plain matrix product for the rate that the device gives.
 
     lingraft bench --shape gemma-3-270m --stage 1 --dtype bf16 --tokens 512 --steps 5 --json
@@ -41,7 +41,7 @@ from lingraft.training.devices import product_rate, wait
 from lingraft.training.flops import flops_per_token
 from lingraft.training.loss import NextTokenLoss
 from lingraft.training.memory import BYTES, NF4_BYTES, stage_memory
-from lingraft.training.stage import run_stage
+from lingraft.training.stage import train_stage
 from lingraft.training.tokens import Encoded
 
 ROW_TOKENS = 2048  # a step's tokens stand in rows of at most so many
@@ -195,7 +195,7 @@ def _measure_and_send(connection: Connection, setup: Setup, model: Path, work: P
 
 
 def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
-    """Run the stage in this process, from and to folders, and say what it took."""
+    """Run the stage in this process on the checkpoint `model`, and say what it took."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = read_config(model)
     dims = dimensions(config, tied=False)
@@ -203,9 +203,8 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
     new_ids = list(range(dims.rows - setup.new_rows, dims.rows))
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     with _Clock(device) as clock, tempfile.TemporaryDirectory(dir=work) as scratch:
-        result = run_stage(
+        learnt = train_stage(
             model,
-            Path(scratch) / "out",
             Path(scratch),
             settings,
             synthetic_batches(setup, dims.rows),
@@ -238,7 +237,7 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
         "tokens_per_step": step_tokens,
         "rows_at_a_time": clock.rows,
         "tokens_per_second": step_tokens / step,
-        "peak_memory_gb": result.loop.peak_memory_gb - before / GB,
+        "peak_memory_gb": learnt.loop.peak_memory_gb - before / GB,
         "predicted_memory_gb": predicted.peak / GB,
         "weights_gb": ((dims.parameters - dims.linear) * BYTES[settings.precision] + dims.linear * linear) / GB,
         "matmul_utilisation": flops.total * step_tokens / step / rate,

@@ -11,12 +11,15 @@ import torch
 from lingraft.errors import ModelError
 from lingraft.layout import Plan, Step
 from lingraft.recipe import Recipe, Stage, did_you_mean
+from lingraft.steps.batches import make_batches, tokens_are_kept
+from lingraft.steps.context import Context
 from lingraft.steps.shape import Shape
 from lingraft.steps.stage import stage_settings
 from lingraft.training.devices import DEVICES, Device, measured
 from lingraft.training.fit import Job, Way
 from lingraft.training.flops import flops_per_token
 from lingraft.training.memory import OPTIMIZER_BYTES, trained_values
+from lingraft.training.settings import StageSettings
 
 CARDS_GB = (16.0, 24.0, 48.0, 80.0)
 # What of a card's memory a run may fill: the driver, its libraries and gaps between blocks take the rest.
@@ -95,7 +98,7 @@ def forecast(
     given = job.with_changes({})
     on_card = replace(job, device="cuda")
     trained = trained_values(dims, settings, new_rows).total
-    expected, origin = expected_tokens(plan, step, tokens)
+    expected, origin = expected_tokens(plan, step, settings, tokens)
     return {
         "trainable": trained,
         "memory_gb": {part: size / GB for part, size in asdict(given.memory).items()}
@@ -129,7 +132,9 @@ def _verdict(way: Way | None, given: Way) -> dict[str, Any] | None:
     return {"changes": way.changes, "peak_gb": way.memory.peak / GB, "times": way.seconds / given.seconds}
 
 
-def expected_tokens(plan: Plan, step: Step, tokens: dict[str, Any] | None) -> tuple[int | None, str]:
+def expected_tokens(
+    plan: Plan, step: Step, settings: StageSettings, tokens: dict[str, Any] | None
+) -> tuple[int | None, str]:
     """How many tokens a stage will read, and where that is known from; None where it is not yet."""
     stage = step.stage
     assert stage is not None
@@ -138,11 +143,15 @@ def expected_tokens(plan: Plan, step: Step, tokens: dict[str, Any] | None) -> tu
         return manifest["results"]["tokens"], "the finished stage"
     if stage.tokens:
         return stage.tokens, "the recipe"
-    corpus = plan.steps[0]
-    if plan.state(corpus) != "done" or not tokens or "compared" not in tokens:
+    if any(plan.state(before) != "done" for before in plan.steps if before.name in ("01-corpus", "02-tokenizer")):
         return None, "known after the corpus and tokenizer steps"
-    found = plan.manifest(corpus.name)
-    assert found is not None
+    context = Context(plan.recipe, plan.run, plan.base)
+    grafted = plan.run / "03-embeddings"
+    if grafted.is_dir() and tokens_are_kept(context, stage, grafted):
+        return make_batches(context, stage, settings, grafted)[0].tokens, "the corpus as tokens"
+    found = plan.manifest("01-corpus")
+    if not found or not tokens or "compared" not in tokens:
+        return None, "known when the stage begins"
     sizes = _source_tokens(found["results"]["sources"], tokens["compared"])
     return round(_epoch(plan.recipe, stage, sizes) * (stage.epochs or 1)), "the corpus's characters"
 

@@ -124,14 +124,12 @@ def training_tokens(context: Context, source: str, folder: Path, tokenizer: Any)
     They are kept in the run's scratch folder, named by the hashes of text and tokenizer, for later stages and for a run
     that is resumed. Of several processes one makes them while the others wait.
     """
-    shelf = context.run / ".work" / "tokens"
+    shelf = _shelf(context)
     shelf.mkdir(parents=True, exist_ok=True)
     with FileLock(shelf / ".lock"):
         hashes = Hashes(shelf / "hashes.json")
-        text = hashes.file(context.corpus / "train" / f"{source}.jsonl")
-        cutter = hashes.files(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+        key = _tokens_key(context, source, folder, hashes)
         hashes.save()
-        key = key_of(text=text, tokenizer=cutter, version=TOKENS_VERSION)
         place = shelf / key
         if not place.is_dir():
             corpus = read_manifest(context.corpus)
@@ -140,6 +138,25 @@ def training_tokens(context: Context, source: str, folder: Path, tokenizer: Any)
             documents = track(encode(context.corpus, "train", source, tokenizer), f"tokenising {source}", count)
             _write(documents, place, key)
     return Tokens(place, source)
+
+
+def tokens_are_kept(context: Context, stage: Stage, folder: Path) -> bool:
+    """Whether an earlier start of this run has left all of the stage's training documents as tokens."""
+    shelf = _shelf(context)
+    hashes = Hashes(shelf / "hashes.json")
+    names = (source.name for sources in context.recipe.sources_for(stage).values() for source in sources)
+    return shelf.is_dir() and all((shelf / _tokens_key(context, name, folder, hashes)).is_dir() for name in names)
+
+
+def _shelf(context: Context) -> Path:
+    return context.run / ".work" / "tokens"
+
+
+def _tokens_key(context: Context, source: str, folder: Path, hashes: Hashes) -> str:
+    """The name of a source's tokens: whatever decides them."""
+    text = hashes.file(context.corpus / "train" / f"{source}.jsonl")
+    cutter = hashes.files(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return key_of(text=text, tokenizer=cutter, version=TOKENS_VERSION)
 
 
 def _write(documents: Iterable[Encoded], place: Path, key: str) -> None:
