@@ -14,7 +14,7 @@ from lingraft.recipe import Recipe, Stage, did_you_mean
 from lingraft.steps.batches import make_batches, tokens_are_kept
 from lingraft.steps.context import Context
 from lingraft.steps.shape import Shape
-from lingraft.steps.stage import stage_settings
+from lingraft.steps.stage import stage_seed, stage_settings
 from lingraft.training.devices import DEVICES, Device, measured
 from lingraft.training.fit import Job, Way
 from lingraft.training.flops import flops_per_token
@@ -82,7 +82,7 @@ def forecast(
     """
     stage, recipe = step.stage, plan.recipe
     assert stage is not None
-    settings = stage_settings(stage, shape.config.model_type, seed=recipe.seed)
+    settings = stage_settings(stage, shape.config.model_type, stage_seed(recipe, step.stage_index))
     dims = shape.dims.grown(added_rows)
     new_rows = recipe.tokenizer.new_tokens if recipe.tokenizer else 0
     job = Job(
