@@ -71,7 +71,8 @@ def weights(folder: Path) -> dict[str, str]:
     """SHA-256 of every published weight file: the base's, each stage's, the final model's."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("model.safetensors"))
+        for top in ("run", "cache")
+        for path in sorted((folder / top).rglob("model.safetensors"))
         if ".work" not in path.parts
     }
 
@@ -141,7 +142,7 @@ def kill_stage(stage: str, kills: int, number: signal.Signals, seed: int, folder
 def disturb(recipe: Path, whole: Path, kills: int, number: signal.Signals, seed: int, folder: Path) -> Counter[str]:
     """Kill copies of the run `whole/run`, which has finished its one stage, and compare their ends with its own."""
     chance = random.Random(seed)
-    found = weights(whole)
+    found = weights(whole / "run")
     hits: Counter[str] = Counter()
     rounds = 0
     while hits.total() < kills:
@@ -151,16 +152,14 @@ def disturb(recipe: Path, whole: Path, kills: int, number: signal.Signals, seed:
         while hits.total() < kills:
             process = start(recipe, broken, [])
             [moment] = chance.choices(list(MOMENTS), list(MOMENTS.values()))
-            if not hit(process, broken / "run", moment, chance):
+            if not hit(process, broken / "run", moment, chance) or last_line(broken / "log").startswith("report "):
                 break
             os.killpg(process.pid, number)
             process.wait()
-            if last_line(broken / "log").startswith("report "):  # it was only leaving
-                break
             hits[moment] += 1
             check_death(process.returncode, number, broken / "log")
         finish(start(recipe, broken, []), broken)
-        compare(found, weights(broken))
+        compare(found, weights(broken / "run"))
         shutil.rmtree(broken)
     return hits
 

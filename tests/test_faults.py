@@ -379,4 +379,4 @@ def test_a_hopeless_learning_rate_stops_the_run_and_it_goes_on_with_a_better_one
         r"stage kill, step [234]: the loss is .*; the step read .*; lower learning_rate or .*", str(error)
     )
     lingraft.run(finished / "recipe.yaml", copy / "run")
-    assert kill_resume.weights(copy) == kill_resume.weights(finished)
+    assert kill_resume.weights(copy / "run") == kill_resume.weights(finished / "run")

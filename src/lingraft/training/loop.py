@@ -311,3 +311,5 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if caught:  # after the last step had looked
+        raise KeyboardInterrupt
