@@ -142,7 +142,7 @@ def kill_stage(stage: str, kills: int, number: signal.Signals, seed: int, folder
 def disturb(recipe: Path, whole: Path, kills: int, number: signal.Signals, seed: int, folder: Path) -> Counter[str]:
     """Kill copies of the run `whole/run`, which has finished its one stage, and compare their ends with its own."""
     chance = random.Random(seed)
-    found = weights(whole / "run")
+    found = weights(whole)
     hits: Counter[str] = Counter()
     rounds = 0
     while hits.total() < kills:
@@ -159,7 +159,7 @@ def disturb(recipe: Path, whole: Path, kills: int, number: signal.Signals, seed:
             hits[moment] += 1
             check_death(process.returncode, number, broken / "log")
         finish(start(recipe, broken, []), broken)
-        compare(found, weights(broken / "run"))
+        compare(found, weights(broken))
         shutil.rmtree(broken)
     return hits
 
