@@ -38,11 +38,11 @@ def torchs(hidden_ND: Tensor, matrix_VD: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def ours(hidden_ND: Tensor, matrix_VD: Tensor, labels_N: Tensor) -> Tensor:
-    from lingraft.training.loss import FrozenMatrixLoss, TrainedMatrixLoss
+    from lingraft.training.loss import FrozenMatrixLoss, Scratch, TrainedMatrixLoss
 
     if matrix_VD.requires_grad:
-        return TrainedMatrixLoss.apply(hidden_ND, matrix_VD, labels_N, None, 1.0)
-    return FrozenMatrixLoss.apply(hidden_ND, None, matrix_VD, labels_N, None, [])
+        return TrainedMatrixLoss.apply(hidden_ND, matrix_VD, labels_N, None, 1.0, Scratch())
+    return FrozenMatrixLoss.apply(hidden_ND, None, matrix_VD, labels_N, None, [], Scratch())
 
 
 CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"ours": ours, "naive": naive, "torch": torchs}

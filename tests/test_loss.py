@@ -15,7 +15,7 @@ from lingraft.errors import ModelError
 from lingraft.model.rows import TrainableRows, VocabularyTraining
 from lingraft.training import loss as losses
 from lingraft.training.batches import IGNORED
-from lingraft.training.loss import FrozenMatrixLoss, NextTokenLoss, TrainedMatrixLoss
+from lingraft.training.loss import FrozenMatrixLoss, NextTokenLoss, Scratch, TrainedMatrixLoss
 
 NEW_IDS = [5, 400, 401, 402, 639]
 ROWS = [("new", "none"), ("none", "new"), ("new", "new"), ("none", "all"), ("new", "all"), ("all", "all")]
@@ -93,7 +93,7 @@ def test_two_logits_by_hand() -> None:
     """Logits 0 and ln 3, label the second: p = (1/4, 3/4), loss ln(4/3), the gradient of the logits p − y."""
     hidden_ND = torch.tensor([[1.0]], requires_grad=True)
     values_VD = nn.Parameter(torch.tensor([[0.0], [math.log(3)]]))
-    loss = TrainedMatrixLoss.apply(hidden_ND, values_VD, torch.tensor([1]), None, 1.0)
+    loss = TrainedMatrixLoss.apply(hidden_ND, values_VD, torch.tensor([1]), None, 1.0, Scratch())
     loss.backward()
     assert loss.item() == pytest.approx(math.log(4 / 3))
     assert values_VD.grad is not None
@@ -106,14 +106,16 @@ def test_the_gradient_of_a_whole_matrix_stays_in_one_buffer() -> None:
     values_VD = nn.Parameter(torch.randn(50, 4))
     places = set()
     for _ in range(3):
-        TrainedMatrixLoss.apply(torch.randn(6, 4), values_VD, torch.arange(6), None, 1.0).backward()
+        TrainedMatrixLoss.apply(torch.randn(6, 4), values_VD, torch.arange(6), None, 1.0, Scratch()).backward()
         assert values_VD.grad is not None
         places.add(values_VD.grad.data_ptr())
     assert len(places) == 1
 
 
 def test_a_whole_matrix_refuses_to_be_scaled_afterwards() -> None:
-    loss = TrainedMatrixLoss.apply(torch.randn(6, 4), nn.Parameter(torch.randn(50, 4)), torch.arange(6), None, 1.0)
+    loss = TrainedMatrixLoss.apply(
+        torch.randn(6, 4), nn.Parameter(torch.randn(50, 4)), torch.arange(6), None, 1.0, Scratch()
+    )
     with pytest.raises(AssertionError, match="scale the loss by its own argument"):
         (loss * 2).backward()
 
@@ -122,7 +124,7 @@ def test_unseen_ids_are_out_of_the_softmax() -> None:
     torch.manual_seed(0)
     hidden_ND, matrix_VD, labels_N = torch.randn(7, 4, requires_grad=True), torch.randn(300, 4), torch.arange(7)
     unseen = [20, 99, 100, 299]
-    loss = FrozenMatrixLoss.apply(hidden_ND, None, matrix_VD, labels_N, None, unseen)
+    loss = FrozenMatrixLoss.apply(hidden_ND, None, matrix_VD, labels_N, None, unseen, Scratch())
     (own,) = torch.autograd.grad(loss, hidden_ND)
     logits_NV = (hidden_ND @ matrix_VD.t()).index_fill(1, torch.tensor(unseen), -torch.inf)
     expected = F.cross_entropy(logits_NV, labels_N, reduction="sum")
@@ -175,7 +177,7 @@ def test_bf16_is_as_near_to_float32_as_the_naive_loss_in_bf16() -> None:
         hidden_ND = hidden_ND.detach().requires_grad_()
         matrix = matrix_VD.to(hidden_ND.dtype)
         if ours:
-            loss = FrozenMatrixLoss.apply(hidden_ND, None, matrix, labels_N, None, [])
+            loss = FrozenMatrixLoss.apply(hidden_ND, None, matrix, labels_N, None, [], Scratch())
         else:
             loss = F.cross_entropy(F.linear(hidden_ND, matrix).float(), labels_N, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, hidden_ND)

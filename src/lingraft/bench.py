@@ -47,6 +47,7 @@ from lingraft.training.tokens import Encoded
 ROW_TOKENS = 2048  # a step's tokens stand in rows of at most so many
 NEW_TOKEN_SHARE = 0.3  # of the synthetic tokens
 SHARD_BYTES = 2 * 10**9
+STORED = torch.bfloat16  # as models are published, whatever they are trained in
 GB = 1e9
 # What the time between two marks was spent on, by the later one.
 PARTS = ("data", "trunk_forward", "loss", "trunk_backward", "optimizer")
@@ -94,7 +95,7 @@ def bench(
     results = []
     with tempfile.TemporaryDirectory(prefix="lingraft-bench-") as folder:
         model = Path(folder) / "model"
-        write_random(config, model, DTYPES[dtype])
+        write_random(config, model, STORED)
         for number in chosen:
             setup = Setup(eeve_stage(number, settings), number, row_tokens, -(-tokens // row_tokens), steps, new_rows)
             results.append({"shape": shape, **in_own_process(setup, model, Path(folder))})
@@ -209,7 +210,7 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
             settings,
             synthetic_batches(setup, dims.rows),
             new_ids,
-            loss=lambda trained: _TimedLoss(_read(trained), clock),
+            loss=lambda trained: _TimedLoss(trained, clock),
         )
     rate = product_rate(device, DTYPES[settings.precision])
     step_tokens = setup.rows * setup.row_tokens
@@ -220,8 +221,9 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
         setup.new_rows,
         setup.row_tokens,
         clock.rows,
-        stored_bytes=BYTES[settings.precision],
+        stored_bytes=STORED.itemsize,
         device=device.type,
+        stage_tokens=(setup.steps + 1) * step_tokens,
     )
     linear = NF4_BYTES if settings.quantise == "nf4" else BYTES[settings.precision]
     seconds = clock.seconds_per_step()
@@ -246,15 +248,6 @@ def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
         "seconds_per_step": step,
         "seconds": {part: statistics.median(values) for part, values in seconds.items()},
     }
-
-
-@torch.no_grad()
-def _read(model: Any) -> Any:
-    """The model, its frozen weights read once. Those that the CPU maps from their file take memory only then, rows of
-    the input embedding one by one: in a few steps not many would."""
-    for parameter in model.parameters():
-        parameter.sum()
-    return model
 
 
 class _Clock:

@@ -43,14 +43,26 @@ class TrainableRows(nn.Module):
         return self.values
 
 
-def pop_gradient(parameter: Tensor) -> Tensor:
-    """Take a parameter's gradient away from it, zeros where it has none yet.
+def take_gradient(parameter: Any) -> tuple[Tensor, bool]:
+    """Take a parameter's gradient away from it; whether there is one, or only memory for it with anything inside.
 
-    To add to it in place and to give it back as this backward pass's result: autograd then keeps it as it is. Left
-    in its place, a step of several micro-batches would hold every gradient twice.
+    To write or add to it in place and to give it back as this backward pass's result: autograd then keeps it as it is.
+    Left in its place, a step of several micro-batches would hold every gradient twice.
     """
     gradient, parameter.grad = parameter.grad, None
-    return torch.zeros_like(parameter) if gradient is None else gradient
+    spare = getattr(parameter, "spare", None)
+    parameter.spare = None  # autograd would copy what has a second owner
+    if gradient is not None:
+        return gradient, True
+    return torch.empty_like(parameter) if spare is None else spare, False
+
+
+def drop_gradient(parameter: Any) -> None:
+    """Drop a parameter's gradient after a step. Where it was taken by `take_gradient`, a CPU keeps its memory for the
+    next one: getting new pages takes longer than filling them."""
+    if parameter.device.type == "cpu" and hasattr(parameter, "spare"):
+        parameter.spare = parameter.grad
+    parameter.grad = None
 
 
 class _Lookup(Function):
@@ -66,7 +78,9 @@ class _Lookup(Function):
         # every place once: adding to rows in parallel would otherwise round differently each time
         places_U, which_T = ctx.places.unique(return_inverse=True)
         rows_UD = torch.ops.aten.embedding_dense_backward(gradient_TD, which_T, len(places_U), -1, False)
-        whole_ND = pop_gradient(ctx.values)
+        whole_ND, filled = take_gradient(ctx.values)
+        if not filled:
+            whole_ND.zero_()
         whole_ND[places_U] += rows_UD
         return whole_ND, None
 

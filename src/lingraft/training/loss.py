@@ -25,16 +25,40 @@ from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from lingraft.errors import ModelError
-from lingraft.model.rows import RowwiseEmbedding, RowwiseHead
+from lingraft.model.rows import RowwiseEmbedding, RowwiseHead, take_gradient
 from lingraft.training.batches import IGNORED
 
 # Logits of a block: on a CPU they stay in its cache, on a GPU they are enough to keep it busy.
-BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
+BLOCK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 25}
 BLOCK_ROWS = 1024  # at least
 BLOCK_WEIGHTS = 1 << 25  # at most: a block of a matrix that trains is converted, and its gradient made, beside it
-# Logits that are kept at a time where the whole matrix trains: 512 positions of a 262 k vocabulary in bfloat16.
-CHUNK_BYTES = {"cpu": 280_000_000, "cuda": 560_000_000}
+# Logits that are kept at a time where the whole matrix trains: 256 positions of a 262 k vocabulary in bfloat16.
+CHUNK_BYTES = {"cpu": 140_000_000, "cuda": 560_000_000}
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 8192}
+
+
+class Scratch:
+    """Memory for logits by name and dtype. A CPU uses it again for each block, chunk and step: in new pages each time,
+    a step would take a fifth longer. A GPU's allocator does as well by itself."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with anything in it, which holds until the name is asked for again."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = shape[0] * shape[1]
+        memory = self._memory.get((name, dtype))
+        if memory is None or len(memory) < size:
+            memory = self._memory[name, dtype] = torch.empty(size, dtype=dtype)
+        return memory[:size].view(shape)
+
+    def converted(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values in another dtype; themselves where it is theirs."""
+        if values.dtype == dtype:
+            return values
+        return self.get(name, (values.shape[0], values.shape[1]), dtype, values.device).copy_(values)
 
 
 @dataclass(frozen=True)
@@ -46,18 +70,18 @@ class _Block:
     first: int
     unseen: Tensor | None = None
 
-    def logits(self, hidden_ND: Tensor, softcap: float | None) -> Tensor:
-        """(N, b) float32 logits; the product itself is in the model's precision."""
-        logits_Nb = torch.mm(hidden_ND, self.weight.t()).float()
-        if softcap is not None:
-            logits_Nb = logits_Nb.div_(softcap).tanh_().mul_(softcap)
-        if self.unseen is not None:
-            logits_Nb.index_fill_(1, self.unseen, -torch.inf)
-        return logits_Nb
+    def product(self, hidden_ND: Tensor, out: Tensor) -> Tensor:
+        """(N, b) logits before capping, in the model's precision."""
+        return torch.mm(hidden_ND, self.weight.t(), out=out)
 
     @property
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self.weight))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits after soft-capping, written over them."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _labels(rows: slice, places_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +128,9 @@ def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:
 class FrozenMatrixLoss(Function):
     """Summed cross-entropy against a frozen output matrix, of which some rows may have trained stand-ins.
 
-    forward(hidden_ND, new_MD, matrix_VD, places_N, softcap, unseen): `places_N` are the labels' ids, or V + m for the
-    new row m of `new_MD` (float32, None where no row trains); `unseen` are the sorted ids whose logits don't count,
-    the frozen ones of new rows among them.
+    forward(hidden_ND, new_MD, matrix_VD, places_N, softcap, unseen, scratch): `places_N` are the labels' ids, or V + m
+    for the new row m of `new_MD` (float32, None where no row trains); `unseen` are the sorted ids whose logits don't
+    count, the frozen ones of new rows among them.
     """
 
     @staticmethod
@@ -118,6 +142,7 @@ class FrozenMatrixLoss(Function):
         places_N: Tensor,
         softcap: float | None,
         unseen: list[int],
+        scratch: Scratch,
     ) -> Tensor:
         moves, learns = ctx.needs_input_grad[:2]
         new = None if new_MD is None else new_MD.detach().to(hidden_ND.dtype)
@@ -132,6 +157,7 @@ class FrozenMatrixLoss(Function):
                 places_N[part],
                 softcap,
                 unseen,
+                scratch,
                 None if gradient_ND is None else gradient_ND[part],
                 gradient_MD,
             )
@@ -144,7 +170,7 @@ class FrozenMatrixLoss(Function):
         ctx.gradients = None
         hidden = None if gradient_ND is None else gradient_ND.mul_(upstream)
         new = None if gradient_MD is None else gradient_MD.mul_(upstream)
-        return hidden, new, None, None, None, None
+        return hidden, new, None, None, None, None, None
 
 
 def _frozen_chunk(
@@ -154,30 +180,36 @@ def _frozen_chunk(
     places_N: Tensor,
     softcap: float | None,
     unseen: list[int],
+    scratch: Scratch,
     gradient_ND: Tensor | None,
     gradient_MD: Tensor | None,
 ) -> Tensor:
     """The loss of some positions. Writes the gradient of their hidden states, adds to that of the new rows."""
-    rows, dtype = len(matrix_VD), hidden_ND.dtype
+    positions, rows = len(hidden_ND), len(matrix_VD)
+    dtype, device = hidden_ND.dtype, hidden_ND.device
     softmax = _Softmax(hidden_ND)
     # what the hidden states move by: the rows, weighted by exp(logit); the labels' rows come off at the end
     pull_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
     kept_NM: Tensor | None = None
 
+    def logits_of(block: _Block) -> Tensor:
+        product_Nb = block.product(hidden_ND, scratch.get("product", (positions, len(block.weight)), dtype, device))
+        logits_Nb = _capped(scratch.converted("logits", product_Nb, torch.float32), softcap)
+        return logits_Nb if block.unseen is None else logits_Nb.index_fill_(1, block.unseen, -torch.inf)
+
     def take(block: _Block, logits_Nb: Tensor) -> None:
-        nonlocal pull_ND
         slope_Nb = _slope(logits_Nb, softcap) if gradient_ND is not None else None
         weights_Nb, shrunk_N = softmax.add(block, logits_Nb, places_N)
         if gradient_ND is not None:
             if slope_Nb is not None:
                 weights_Nb = weights_Nb.mul_(slope_Nb.nan_to_num_(neginf=0.0))
-            pull_ND = pull_ND.mul_(shrunk_N).add_(torch.mm(weights_Nb.to(dtype), block.weight))
+            pull_ND.mul_(shrunk_N).add_(torch.mm(scratch.converted("product", weights_Nb, dtype), block.weight))
 
     for block in _blocks(matrix_VD, hidden_ND, unseen):
-        take(block, block.logits(hidden_ND, softcap))
+        take(block, logits_of(block))
     if new_MD is not None:
         block = _Block(new_MD, rows)
-        logits_NM = block.logits(hidden_ND, softcap)
+        logits_NM = logits_of(block)
         kept_NM = logits_NM.clone() if gradient_MD is not None else None
         take(block, logits_NM)
     if gradient_ND is not None:
@@ -207,39 +239,60 @@ def _error(rows: slice, logits_Nb: Tensor, log_sum_N: Tensor, places_N: Tensor, 
 class TrainedMatrixLoss(Function):
     """Summed cross-entropy against an output matrix that trains as a whole.
 
-    forward(hidden_ND, values_VD, labels_N, softcap, scale): the loss is multiplied by `scale`. The gradient of
+    forward(hidden_ND, values_VD, labels_N, softcap, scale, scratch): the loss is multiplied by `scale`. The gradient of
     `values_VD` (a float32 parameter) goes into the one that it has already, so that a step of many micro-batches
     holds it once; that is why the scale is needed here, and nothing may scale the loss afterwards.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, values_VD: Tensor, labels_N: Tensor, softcap: float | None, scale: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        values_VD: Tensor,
+        labels_N: Tensor,
+        softcap: float | None,
+        scale: float,
+        scratch: Scratch,
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        gradient_VD = values_VD.grad if ctx.needs_input_grad[1] else None
-        adds = gradient_VD is not None  # else the first chunk's is written, over whatever is there
+        gradient_VD: Tensor | None = None
+        adds = False  # the first chunk's gradient is written over whatever is there
         if ctx.needs_input_grad[1]:
-            values_VD.grad = None  # taken away, as `pop_gradient` does
-            if gradient_VD is None:
-                gradient_VD = torch.empty_like(values_VD) if len(hidden_ND) else torch.zeros_like(values_VD)
-        size = chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.element_size(), hidden_ND.device.type)
+            gradient_VD, adds = take_gradient(values_VD)
+            if not len(hidden_ND) and not adds:
+                gradient_VD.zero_()
+        dtype, device = hidden_ND.dtype, hidden_ND.device
+
+        def logits_of(product_Nb: Tensor) -> Tensor:
+            shape = product_Nb.shape[0], product_Nb.shape[1]
+            return _capped(scratch.get("logits", shape, torch.float32, device).copy_(product_Nb), softcap)
+
+        size = chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.element_size(), device.type)
         for part in _chunks(len(hidden_ND), size):
             hidden, labels = hidden_ND[part], labels_N[part]
+            positions = len(hidden)
             softmax = _Softmax(hidden)
-            kept: list[tuple[slice, Tensor]] = []
+            # the blocks' logits, each block's together
+            kept_values = 0 if gradient_VD is None else positions * len(values_VD)
+            kept = scratch.get("kept", (1, kept_values), dtype, device).squeeze(0)
+            products: list[tuple[slice, Tensor]] = []
             for block in _blocks(values_VD, hidden, []):
-                logits = block.logits(hidden, softcap)
-                if gradient_VD is not None:
-                    kept.append((block.rows, logits.to(hidden.dtype, copy=True)))
-                softmax.add(block, logits, labels)
-            while kept and gradient_VD is not None:
-                rows, logits = kept.pop()
-                error = _error(rows, logits.float(), softmax.log_sum(), labels, softcap).mul_(scale).to(hidden.dtype)
+                shape = positions, len(block.weight)
+                if gradient_VD is None:
+                    product_Nb = block.product(hidden, scratch.get("product", shape, dtype, device))
+                else:
+                    first = positions * block.first
+                    product_Nb = block.product(hidden, kept[first : first + positions * len(block.weight)].view(shape))
+                    products.append((block.rows, product_Nb))
+                softmax.add(block, logits_of(product_Nb), labels)
+            for rows, product_Nb in reversed(products):
+                assert gradient_VD is not None
+                error = _error(rows, logits_of(product_Nb), softmax.log_sum(), labels, softcap).mul_(scale)
+                error = scratch.converted("product", error, dtype)
                 _multiply_into(gradient_VD[rows], error.t(), hidden, adds)
                 if gradient_ND is not None:
-                    gradient_ND[part] += torch.mm(error, values_VD[rows].detach().to(hidden.dtype))
+                    gradient_ND[part] += torch.mm(error, values_VD[rows].detach().to(dtype))
             adds = True
             total += softmax.loss
         ctx.gradients = gradient_ND, gradient_VD
@@ -249,7 +302,7 @@ class TrainedMatrixLoss(Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         assert upstream == 1, "the gradients are made already: scale the loss by its own argument"
         gradients, ctx.gradients = ctx.gradients, None
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _multiply_into(rows: Tensor, one: Tensor, other: Tensor, adds: bool) -> None:
@@ -304,6 +357,7 @@ class NextTokenLoss(nn.Module):
         if getattr(head, "bias", None) is not None:
             raise ModelError("the model's output matrix has a bias, which this loss does not know; use another base")
         self.rows = head.rows if isinstance(head, RowwiseHead) else None
+        self.scratch = Scratch()
         replaced = [] if self.rows is None or self.rows.ids is None else self.rows.ids.tolist()
         self.unseen = sorted({*(excluded_ids or ()), *replaced})
         inside = (p for name, p in model.named_parameters() if p is not (self.rows.values if self.rows else None))
@@ -329,14 +383,15 @@ class NextTokenLoss(nn.Module):
         if values is not None and not torch.is_grad_enabled():
             values = values.detach()  # or a Function would think that its gradient is wanted
         if self.rows is not None and self.rows.ids is None:
-            return TrainedMatrixLoss.apply(hidden_ND, values, labels_N, self.softcap, scale)
+            return TrainedMatrixLoss.apply(hidden_ND, values, labels_N, self.softcap, scale, self.scratch)
         matrix_VD = self.model.get_output_embeddings().weight
         places_N = labels_N
         if self.rows is not None:
             assert self.rows.place is not None
             new_N = self.rows.place[labels_N]
             places_N = torch.where(new_N >= 0, new_N + len(matrix_VD), labels_N)
-        return scale * FrozenMatrixLoss.apply(hidden_ND, values, matrix_VD, places_N, self.softcap, self.unseen)
+        loss = FrozenMatrixLoss.apply(hidden_ND, values, matrix_VD, places_N, self.softcap, self.unseen, self.scratch)
+        return scale * loss
 
 
 def _shares_rows(model: Any, rows: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lingraft.model.dimensions import Dimensions
+from lingraft.training.attention import BLOCK_QUERIES
 from lingraft.training.loss import CHUNK_POSITIONS, block_rows, chunk_positions
 from lingraft.training.settings import StageSettings
 
@@ -20,7 +21,9 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 
 
 # The pages of libraries that only training touches, and small blocks that malloc keeps (measured). A GPU's are no part
 # of what torch counts there.
-LIBRARY_BYTES = {"cpu": 64e6, "cuda": 0.0}
+LIBRARY_BYTES = {"cpu": 96e6, "cuda": 0.0}
+# What becomes resident where a row of a mapped matrix is read: Linux maps the pages around it as well.
+MAPPED_AROUND = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -98,58 +101,70 @@ def stage_memory(
     *,
     stored_bytes: int,
     device: str,
+    stage_tokens: int | None = None,
 ) -> Memory:
     """What a stage needs in training, on a device by itself. Towers for images are not loaded.
 
     Args:
         micro_batch: rows of `sequence_length` tokens that go through the model at a time.
         stored_bytes: of a value in the checkpoint's files; device: `cpu` or `cuda`.
+        stage_tokens: of the whole stage; None: many.
     """
     held = BYTES[settings.precision]
     tokens = micro_batch * sequence_length
     trained = trained_values(dims, settings, new_rows)
-    kept, layer = _activations(dims, settings, held)
+    kept, layer = _activations(dims, settings, held, sequence_length, device)
     copies = trained.layers * held if held < 4 else 0  # autocast's, of float32 layers and adapters
+    loss = _loss(dims, settings, new_rows, held, tokens, device)
     return Memory(
-        weights=_frozen(dims, settings, stored_bytes, device),
+        weights=_frozen(dims, settings, stored_bytes, device, stage_tokens),
         trained=4.0 * trained.total,
         gradients=4.0 * trained.total,
         optimizer=OPTIMIZER_BYTES[settings.optimizer] * trained.total,
         activations=tokens * kept
         + copies
-        + _mask(dims, held, micro_batch, sequence_length)
+        + _masks(dims, held, micro_batch, sequence_length, device)
         + LIBRARY_BYTES[device]
         + (tokens * _holes(dims, settings, held) if device == "cpu" else 0),
-        layer=tokens * layer,
-        loss=_loss(dims, settings, new_rows, held, tokens, device),
+        layer=tokens * layer + (loss if device == "cpu" else 0),  # which keeps the loss's memory for the next step
+        loss=loss,
     )
 
 
-def _frozen(dims: Dimensions, settings: StageSettings, stored: int, device: str) -> float:
+def _frozen(dims: Dimensions, settings: StageSettings, stored: int, device: str, stage_tokens: int | None) -> float:
     """Bytes of the weights that don't train. A matrix that trains whole takes the place of the frozen one; one that is
-    frozen stays as narrow as it is stored."""
+    frozen stays as narrow as it is stored. On a CPU an input matrix that is not converted stays in its file; what is
+    looked up becomes resident, and the system takes it back where it wants the memory."""
     held = BYTES[settings.precision]
     sides = vocabulary_rows(dims, settings)
-    frozen = sum(which != "all" for which in (sides[:1] if dims.tied else sides)) * dims.matrix
+    matrices = sum(which != "all" for which in (sides[:1] if dims.tied else sides))
+    frozen = matrices * dims.matrix * (min(held, stored) if settings.quantise == "none" else held)
+    converted = stored > held if settings.quantise == "none" else stored != held
+    if device == "cpu" and stage_tokens is not None and not dims.tied and sides[0] != "all" and not converted:
+        frozen -= max(0, dims.matrix * stored - stage_tokens * max(dims.width * stored, MAPPED_AROUND))
     if settings.layers == "all":
-        return frozen * min(held, stored)
+        return frozen
     if settings.quantise == "none":
-        return frozen * min(held, stored) + dims.body * held
-    quantised = (frozen + dims.body - dims.linear) * held + dims.linear * NF4_BYTES
+        return frozen + dims.body * held
+    quantised = frozen + (dims.body - dims.linear) * held + dims.linear * NF4_BYTES
     # on a CPU, what was mapped to be quantised or replaced stays resident, until the system wants the memory back
-    mapped = dims.parameters - dims.other - frozen - (dims.body - dims.linear)
+    mapped = dims.linear + sum(which == "all" for which in sides) * dims.matrix
     return quantised + (mapped * held if device == "cpu" and held == stored else 0)
 
 
-def _activations(dims: Dimensions, settings: StageSettings, held: int) -> tuple[float, float]:
+def _activations(dims: Dimensions, settings: StageSettings, held: int, length: int, device: str) -> tuple[float, float]:
     """Bytes of a token: those that the trunk keeps until its backward pass, and those that a layer at work needs."""
     attention = dims.heads * dims.head_width
     working: float = (3 * dims.hidden + 2 * dims.width) * held
     if not passes_back(dims, settings):
         return 0, working + 4 * dims.width
-    repeated = attention if dims.kv_heads > 1 else dims.head_width  # keys and values are repeated for their heads
-    # inputs of norms in float32; queries, keys, values and result; the gate before and after, and what it lets through
-    saved: float = 4 * dims.normed + (2 * attention + 2 * repeated + 3 * dims.hidden) * held
+    if device == "cpu":  # queries, keys, values, and the weights of the keys in a block's reach
+        keys = sum(_reach(length, window) for window in dims.windows) / dims.layers
+        attending = attention + 2 * dims.kv_heads * dims.head_width + dims.heads * keys
+    else:  # queries, result, keys and values, which are repeated for their heads
+        attending = 2 * attention + 2 * (attention if dims.kv_heads > 1 else dims.head_width)
+    # and the inputs of norms in float32; the gate before and after, and what it lets through
+    saved: float = 4 * dims.normed + (attending + 3 * dims.hidden) * held
     distinct_inputs = 2 * dims.width + attention + dims.hidden
     if settings.layers == "all":
         saved += 4 * dims.normed + distinct_inputs * held
@@ -174,9 +189,21 @@ def _holes(dims: Dimensions, settings: StageSettings, held: int) -> float:
     return held * sum(target.inputs for target in dims.targets(settings.lora.targets))
 
 
-def _mask(dims: Dimensions, held: int, micro_batch: int, sequence_length: int) -> float:
+def _reach(length: int, window: int | None) -> float:
+    """Keys that a token of a row meets on average where attention goes by blocks of queries."""
+    met = 0
+    for first in range(0, length, BLOCK_QUERIES):
+        last = min(first + BLOCK_QUERIES, length)
+        met += (last - first) * (last - (0 if window is None else max(first - window + 1, 0)))
+    return met / length
+
+
+def _masks(dims: Dimensions, held: int, micro_batch: int, length: int, device: str) -> float:
     """Which positions see which, once for each kind of layer, since documents share a row."""
-    return len(set(dims.windows)) * micro_batch * sequence_length**2 * held
+    windows = set(dims.windows)
+    if device == "cpu":
+        return micro_batch * length * sum(_reach(length, window) for window in windows)
+    return len(windows) * micro_batch * length**2 * held
 
 
 def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, tokens: int, device: str) -> float:
@@ -184,13 +211,14 @@ def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, t
     learnt; its names and its order."""
     _, output = vocabulary_rows(dims, settings)
     states = dims.width * held * (1 + passes_back(dims, settings)) * tokens
+    logit = 4 + (held if held < 4 else 0)  # in float32, and in the model's precision
     if output == "all":
         positions = chunk_positions(tokens, dims.rows, held, device)
         rows = min(block_rows(positions, dims.width, device), dims.rows)
         cast = 2 * rows * dims.width * held if held < 4 else 0
-        return states + positions * (dims.rows * held + rows * (8 + held)) + cast
+        return states + positions * (dims.rows * held + rows * logit) + cast
     positions = min(tokens, CHUNK_POSITIONS[device])
-    rows = min(block_rows(positions, dims.width, device), dims.rows)
-    chunk = rows * (4 + 2 * held) + dims.width * (8 + held)
     new = new_rows if output == "new" else 0
-    return states + positions * (chunk + new * (8 + held)) + 2 * new * dims.width * held
+    rows = max(min(block_rows(positions, dims.width, device), dims.rows), new)
+    chunk = rows * logit + dims.width * (8 + held) + new * (4 + held)
+    return states + positions * chunk + 2 * new * dims.width * held

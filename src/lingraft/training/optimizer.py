@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from lingraft.errors import TrainingError
 from lingraft.training.settings import StageSettings
+
+# bitsandbytes' 8-bit states: values that share a scale, and how many a CPU updates at a time.
+SCALED = 256
+PART = 1 << 18
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: StageSettings) -> torch.optim.Optimizer:
@@ -28,7 +33,56 @@ def make_optimizer(groups: list[dict[str, Any]], settings: StageSettings) -> tor
             "or set optimizer: adamw"
         ) from error
     kind = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[settings.optimizer]
-    return kind(groups, betas=settings.betas)
+    optimizer = kind(groups, betas=settings.betas)
+    optimizer.update_step = partial(
+        _update_step, optimizer, optimizer.update_step
+    )  # bitsandbytes' hook for a parameter
+    return optimizer
+
+
+def _update_step(
+    optimizer: Any,
+    whole: Callable[..., None],
+    group: dict[str, Any],
+    parameter: nn.Parameter,
+    group_index: int,
+    index: int,
+) -> None:
+    """bitsandbytes' update of a parameter; on a CPU part after part.
+
+    There it works on float32 copies of both moments: of a whole vocabulary matrix they are more than what 8 bits save,
+    and fit no cache. States have a scale for each 256 values, so parts come out as the whole would.
+    """
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    state = optimizer.state[parameter]
+    if parameter.device.type != "cpu" or state["state1"].dtype != torch.uint8:
+        whole(group, parameter, group_index, index)
+        return
+    state["step"] += 1
+    assert parameter.grad is not None
+    beta1, beta2 = group["betas"]
+    for first in range(0, parameter.numel(), PART):
+        values, scales = slice(first, first + PART), slice(first // SCALED, (first + PART) // SCALED)
+        optimizer_update_8bit_blockwise(
+            "adam",
+            g=parameter.grad.view(-1)[values],
+            p=parameter.data.view(-1)[values],
+            state1=state["state1"].view(-1)[values],
+            state2=state["state2"].view(-1)[values],
+            beta1=beta1,
+            beta2=beta2,
+            beta3=0.0,
+            alpha=0.0,
+            eps=group["eps"],
+            step=state["step"],
+            lr=group["lr"],
+            qmap1=state["qmap1"],
+            qmap2=state["qmap2"],
+            absmax1=state["absmax1"][scales],
+            absmax2=state["absmax2"][scales],
+            weight_decay=group["weight_decay"],
+        )
 
 
 def parameter_groups(

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from lingraft import processes
 from lingraft.errors import TrainingError
 from lingraft.model.load import to_device
+from lingraft.model.rows import drop_gradient
 from lingraft.training.batches import IGNORED, MicroBatch
 from lingraft.training.optimizer import clip_gradients, make_optimizer
 from lingraft.training.settings import StageSettings
@@ -105,7 +106,9 @@ class Parallel:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take an optimiser step with the clipped gradients and drop them."""
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                drop_gradient(parameter)
 
     def sum(self, number: float) -> float:
         """The sum of the processes' numbers."""

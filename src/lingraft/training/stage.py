@@ -22,6 +22,7 @@ from lingraft.model.load import DTYPES, body_parameters, input_matrix, load, out
 from lingraft.model.lora import adapters, add_lora, lora_parameters
 from lingraft.model.rows import TrainableRows, VocabularyTraining
 from lingraft.model.surgery import open_checkpoint
+from lingraft.training.attention import blocks_on_cpu
 from lingraft.training.batches import Batches
 from lingraft.training.loop import LoopResult, train
 from lingraft.training.loss import NextTokenLoss
@@ -225,7 +226,8 @@ class _Trained:
         parallel.shard(self.model, loss_model, self.settings)
         groups = parameter_groups(self.rows.values(), self.layers.values(), self.settings)
         parameters = self.rows | self.layers
-        result = train(loss_model, groups, parameters, batches, self.settings, work, parallel, validation, events)
+        with blocks_on_cpu(self.model):
+            result = train(loss_model, groups, parameters, batches, self.settings, work, parallel, validation, events)
         self.model.gradient_checkpointing_disable()
         return result
 
