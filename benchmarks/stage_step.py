@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -77,16 +78,16 @@ def compare(checkpoint: Path, stage: int, dtype: str, rounds: int) -> None:
     for name, runs in found.items():
         line = f"| {stage} | {dtype} | {name} | {median(r['seconds'] for r in runs):.2f} | "
         line += f"{median(r['peak'] for r in runs):.2f} |"
-        if name in rivals:
-            for own, _ in ours:
-                pairs = list(zip(found[own], runs, strict=True))
-                time_ = median(a["seconds"] / b["seconds"] for a, b in pairs)
-                memory = median(a["peak"] / b["peak"] for a, b in pairs)
-                above = median((a["peak"] - a["weights"]) / (b["peak"] - b["weights"]) for a, b in pairs)
-                line += f" {time_:.2f} | {memory:.2f} | {above:.2f} |" + (f" ({own})" if own != "ours" else "")
-        else:
-            line += " | | |"
-        print(line, flush=True)
+        if name not in rivals:
+            print(line + " | | |", flush=True)
+            continue
+        for own, _ in ours:
+            pairs = list(zip(found[own], runs, strict=True))
+            time_ = median(a["seconds"] / b["seconds"] for a, b in pairs)
+            memory = median(a["peak"] / b["peak"] for a, b in pairs)
+            above = median((a["peak"] - a["weights"]) / (b["peak"] - b["weights"]) for a, b in pairs)
+            print(line + f" {time_:.2f} | {memory:.2f} | {above:.2f} |", flush=True)
+            line = f"| {stage} | {dtype} | {name}, to 8-bit Adam | | |"
 
 
 def median(values: Any) -> float:
@@ -123,6 +124,10 @@ def write_checkpoint(folder: Path) -> None:
     from lingraft.bench import write_random
 
     write_random(config(), folder, torch.bfloat16)
+    for path in folder.iterdir():  # let it be read from the disk, as a model usually is
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run(contender: str, checkpoint: str, stage: int, dtype: str, changes: dict[str, Any]) -> dict[str, float]:

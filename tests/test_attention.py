@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import Gemma3TextConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3TextConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from lingraft.model.load import load
 from lingraft.training import attention
 from lingraft.training.attention import Block, blocks_on_cpu
 
@@ -85,3 +87,17 @@ def test_a_block_meets_the_keys_that_it_sees() -> None:
 def test_a_block_that_sees_all_of_its_keys_hides_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK_QUERIES", 1)
     assert all(block.hidden is None for block in blocks(create_causal_mask, torch.arange(5).unsqueeze(0)))
+
+
+def test_soft_capped_attention_is_not_left_to_kernels_that_drop_it(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=640, head_dim=16, attn_logit_softcapping=0.5, **sizes)).eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 600, (1, 20), generator=torch.Generator().manual_seed(0))
+    capped, loaded = (m.eval() for m in (model, load(tmp_path / "model")))
+    capped.set_attn_implementation("eager")
+    with torch.no_grad(), blocks_on_cpu(loaded):
+        found = loaded(ids).logits
+        torch.testing.assert_close(found, capped(ids).logits)
+        capped.set_attn_implementation("sdpa")
+        assert not torch.allclose(found, capped(ids).logits, rtol=1e-3, atol=1e-4)

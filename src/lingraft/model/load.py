@@ -155,10 +155,13 @@ def load(
     Raises:
         ModelError: damaged or ill-fitting weights.
     """
-    loader: Any = _architecture(read_config(folder), folder)
+    config = read_config(folder)
+    loader: Any = _architecture(config, folder)
     if not vision:
         loader = _without_vision(loader)
     extra: dict[str, Any] = {}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        extra["attn_implementation"] = "eager"  # torch's fused attention would leave the capping out (Gemma 2)
     if quantise == "nf4":
         extra["quantization_config"] = _nf4(folder, dtype or torch.bfloat16)
     try:

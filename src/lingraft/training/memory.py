@@ -183,10 +183,10 @@ def _activations(dims: Dimensions, settings: StageSettings, held: int, length: i
 
 def _holes(dims: Dimensions, settings: StageSettings, held: int) -> float:
     """Bytes of a token that malloc keeps in holes between what is kept of one layer and the next: with adapters, whose
-    many copies come and go, about as much as their inputs (measured: 0.8 to 1.4 times)."""
+    many copies come and go, about as much as their inputs (measured: 0.6 to 1.4 times)."""
     if not settings.lora:
         return 0
-    return held * sum(target.inputs for target in dims.targets(settings.lora.targets))
+    return 0.75 * held * sum(target.inputs for target in dims.targets(settings.lora.targets))
 
 
 def _reach(length: int, window: int | None) -> float:
