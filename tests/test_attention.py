@@ -91,7 +91,11 @@ def test_a_block_that_sees_all_of_its_keys_hides_none(monkeypatch: pytest.Monkey
 
 def test_soft_capped_attention_is_not_left_to_kernels_that_drop_it(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=640, head_dim=16, attn_logit_softcapping=0.5, **sizes)).eval()
+    model = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=640, head_dim=16, num_key_value_heads=1, attn_logit_softcapping=0.5, **sizes)
+    ).eval()
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(100)  # scores large enough to be capped
     model.save_pretrained(tmp_path / "model")
     ids = torch.randint(3, 600, (1, 20), generator=torch.Generator().manual_seed(0))
     capped, loaded = (m.eval() for m in (model, load(tmp_path / "model")))
