@@ -329,6 +329,21 @@ def test_another_shape_and_other_cards(tmp_path: Path, tiny_gemma: Path) -> None
     assert plan["stages"][0]["cards"]["12"] is None
 
 
+def test_disk_counts_what_a_stage_keeps_beside_its_model(tmp_path: Path, tiny_gemma: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path, tiny_gemma)
+
+    def checkpoints(*overrides: str) -> tuple[float, int]:
+        stage = lingraft.plan(recipe, tmp_path / "run", overrides)["stages"][0]
+        return stage["disk_gb"]["checkpoints"] * 1e9, stage["trainable"]
+
+    # value and two moments in float32; two are kept while the third is written
+    size, values = checkpoints("training.keep_checkpoints=2")
+    assert size == pytest.approx(3 * 12 * values)
+    # the best values, and those that take their place
+    size, values = checkpoints("training.keep_checkpoints=1", "training.keep=best")
+    assert size == pytest.approx(2 * 12 * values + 2 * 4 * values)
+
+
 def test_tokens_are_known_from_recipe_run_and_corpus(tmp_path: Path, tiny_gemma: Path) -> None:
     training = {"sequence_length": 128, "precision": "fp32", "gradient_checkpointing": False, "epochs": 1}
     rows = {"name": "rows", "train": {"input_rows": "new"}, "gate": {"en_bpb_rise": -1}}

@@ -111,11 +111,17 @@ def forecast(
         "seconds": None if expected is None else expected * given.seconds,
         "disk_gb": {
             "model": dims.parameters * shape.stored_bytes / GB,
-            "checkpoints": (settings.keep_checkpoints + 1) * trained * (4 + OPTIMIZER_BYTES[settings.optimizer]) / GB,
+            "checkpoints": _checkpoint_bytes(settings, trained) / GB,
         },
         "cards": {f"{size:g}": _verdict(on_card.within(USABLE * size * GB), given) for size in memory_gb},
         "least": _verdict(on_card.smallest(), given),
     }
+
+
+def _checkpoint_bytes(settings: StageSettings, trained: int) -> float:
+    """What a stage's own checkpoints take at most, one of them being written, and the best values beside them."""
+    checkpoint = trained * (4 + OPTIMIZER_BYTES[settings.optimizer])
+    return (settings.keep_checkpoints + 1) * checkpoint + (2 * 4 * trained if settings.keep == "best" else 0)
 
 
 def disk_gb(stages: Sequence[dict[str, Any]], grafts: bool) -> float:
