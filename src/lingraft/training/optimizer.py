@@ -66,7 +66,7 @@ def _update_step(
         values, scales = slice(first, first + PART), slice(first // SCALED, (first + PART) // SCALED)
         optimizer_update_8bit_blockwise(
             "adam",
-            g=parameter.grad.view(-1)[values],
+            g=parameter.grad.reshape(-1)[values],
             p=parameter.data.view(-1)[values],
             state1=state["state1"].view(-1)[values],
             state2=state["state2"].view(-1)[values],
