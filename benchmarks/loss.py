@@ -41,7 +41,7 @@ def ours(hidden_ND: Tensor, matrix_VD: Tensor, labels_N: Tensor) -> Tensor:
     from lingraft.training.loss import FrozenMatrixLoss, Scratch, TrainedMatrixLoss
 
     if matrix_VD.requires_grad:
-        return TrainedMatrixLoss.apply(hidden_ND, matrix_VD, labels_N, None, 1.0, Scratch())
+        return TrainedMatrixLoss.apply(hidden_ND, matrix_VD, labels_N, None, 1.0, Scratch(), False)
     return FrozenMatrixLoss.apply(hidden_ND, None, matrix_VD, labels_N, None, [], Scratch())
 
 

@@ -170,7 +170,7 @@ def other_shapes(folder: Path) -> None:
     run.save(folder.parent)
 
 
-DAMAGES = [cut, flip_a_bit, garble_facts, other_step, lose_tensors, lose_facts, lose_its_format, other_shapes]
+DAMAGES = [cut, flip_a_bit, garble_facts, other_step, lose_tensors, lose_facts, lose_its_format]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -190,8 +190,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 
 
 def test_without_a_whole_checkpoint_the_stage_starts_again(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other_shapes(work / "checkpoint-2")
-    other_shapes(work / "checkpoint-4")
+    cut(work / "checkpoint-2")
+    cut(work / "checkpoint-4")
     resumed = Trained()
     assert resumed.resume(work) == Position()
     assert resumed.bits() == Trained().bits()
@@ -200,6 +200,21 @@ def test_without_a_whole_checkpoint_the_stage_starts_again(work: Path, capsys: p
         "going back to checkpoint-2",
         "the stage starts again",
     ]
+
+
+def test_a_checkpoint_of_another_kind_of_stage_is_not_taken_for_damaged(work: Path) -> None:
+    before = names(work)
+    other_shapes(work / "checkpoint-4")
+    with pytest.raises(TrainingError, match="checkpoint-4: this half-done stage was begun in another way"):
+        Trained().resume(work)
+    assert names(work) == before
+
+
+def test_processes_that_find_different_checkpoints_stop(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one machine does not see the newest folder yet."""
+    monkeypatch.setattr(Parallel, "most", lambda self, *numbers: [max(numbers[0], 6.0), numbers[1]])
+    with pytest.raises(TrainingError, match="the processes find different checkpoints, of steps 4 to 6"):
+        Trained().resume(work)
 
 
 def test_the_newest_checkpoints_are_kept_and_a_killed_ones_rest_is_removed(work: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingraft.errors import ModelError
+from lingraft.model import rows
 from lingraft.model.rows import TrainableRows, VocabularyTraining
 from lingraft.training import loss as losses
 from lingraft.training.batches import IGNORED
@@ -93,7 +94,7 @@ def test_two_logits_by_hand() -> None:
     """Logits 0 and ln 3, label the second: p = (1/4, 3/4), loss ln(4/3), the gradient of the logits p − y."""
     hidden_ND = torch.tensor([[1.0]], requires_grad=True)
     values_VD = nn.Parameter(torch.tensor([[0.0], [math.log(3)]]))
-    loss = TrainedMatrixLoss.apply(hidden_ND, values_VD, torch.tensor([1]), None, 1.0, Scratch())
+    loss = TrainedMatrixLoss.apply(hidden_ND, values_VD, torch.tensor([1]), None, 1.0, Scratch(), False)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(4 / 3))
     assert values_VD.grad is not None
@@ -106,7 +107,7 @@ def test_the_gradient_of_a_whole_matrix_stays_in_one_buffer() -> None:
     values_VD = nn.Parameter(torch.randn(50, 4))
     places = set()
     for _ in range(3):
-        TrainedMatrixLoss.apply(torch.randn(6, 4), values_VD, torch.arange(6), None, 1.0, Scratch()).backward()
+        TrainedMatrixLoss.apply(torch.randn(6, 4), values_VD, torch.arange(6), None, 1.0, Scratch(), False).backward()
         assert values_VD.grad is not None
         places.add(values_VD.grad.data_ptr())
     assert len(places) == 1
@@ -114,7 +115,7 @@ def test_the_gradient_of_a_whole_matrix_stays_in_one_buffer() -> None:
 
 def test_a_whole_matrix_refuses_to_be_scaled_afterwards() -> None:
     loss = TrainedMatrixLoss.apply(
-        torch.randn(6, 4), nn.Parameter(torch.randn(50, 4)), torch.arange(6), None, 1.0, Scratch()
+        torch.randn(6, 4), nn.Parameter(torch.randn(50, 4)), torch.arange(6), None, 1.0, Scratch(), False
     )
     with pytest.raises(AssertionError, match="scale the loss by its own argument"):
         (loss * 2).backward()
@@ -204,3 +205,46 @@ def test_a_head_with_a_bias_is_refused() -> None:
     model.lm_head.bias = nn.Parameter(torch.zeros(tiny.VOCABULARY))
     with pytest.raises(ModelError, match="bias"):
         NextTokenLoss(model)
+
+
+def test_blocks_of_which_nothing_is_seen_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "BLOCK_ROWS", 10)
+    hidden_ND, matrix_VD = torch.randn(5, 4, requires_grad=True), torch.randn(40, 4)
+    labels_N = torch.tensor([30, 31, 39, 25, 30])
+    unseen = list(range(20))  # the first two blocks, whole
+    loss = FrozenMatrixLoss.apply(hidden_ND, torch.empty(0, 4), matrix_VD, labels_N, None, unseen, Scratch())
+    loss.backward()
+    found, hidden_ND.grad = hidden_ND.grad, None
+    expected = F.cross_entropy(hidden_ND @ matrix_VD[20:].t(), labels_N - 20, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, hidden_ND.grad)
+
+
+def test_a_tied_matrix_has_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookup adds to what the loss has left: no second V × D gradient is made."""
+    model = tiny.gemma3(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    training = VocabularyTraining(model, "all", "all", [])
+    filled = []
+    true_take = rows.take_gradient
+
+    def take(parameter: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        taken = true_take(parameter)
+        filled.append(taken[1])
+        return taken
+
+    monkeypatch.setattr(rows, "take_gradient", take)  # the lookup's, not the loss's
+    loss = NextTokenLoss(model)
+    ids = torch.randint(3, 600, (3, 2, 9))
+    for ids_BT in ids:
+        loss(ids_BT, ids_BT, torch.arange(9).expand(2, 9), 0.5).backward()
+    assert filled == [True, True, True]
+    values = training.parameters()["rows"]
+    found, values.grad = values.grad, None
+    for ids_BT in ids:
+        states = model.base_model(input_ids=ids_BT, position_ids=torch.arange(9).expand(2, 9)).last_hidden_state
+        logits = F.linear(states, values)
+        (0.5 * F.cross_entropy(logits.flatten(0, 1), ids_BT.flatten(), reduction="sum")).backward()
+    torch.testing.assert_close(found, values.grad, rtol=1e-4, atol=1e-6)

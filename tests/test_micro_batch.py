@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from test_invariance import BASE, KINDS, STEPS, documents, series
 
 from lingraft.errors import TrainingError
-from lingraft.model.load import load
 from lingraft.training import micro_batch
 from lingraft.training.batches import Batches
 from lingraft.training.loss import NextTokenLoss
-from lingraft.training.micro_batch import choose_micro_batch
+from lingraft.training.micro_batch import choose_micro_batch, micro_batch_for
 from lingraft.training.parallel import Parallel
+from lingraft.training.settings import LoraSettings, StageSettings
 
+LORA = LoraSettings(r=4, alpha=8, targets=("q_proj", "up_proj"))
 SETTINGS = replace(BASE, micro_batch=None, rows_per_step=32)
 
 
@@ -26,42 +28,59 @@ def some_batches() -> Batches:
     return Batches({"a": documents()}, {"a": 1.0}, sequence_length=64, rows_per_step=32, pad=0, bos=2, seed=0, epochs=1)
 
 
-@pytest.fixture
-def loss(tmp_path: Path, tiny_tokenizer: Path) -> NextTokenLoss:
-    model = load(tiny.write_checkpoint(tmp_path / "model", tiny_tokenizer, tied=False))
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return NextTokenLoss(model)
+def choose(needed: Callable[[int], float]) -> int:
+    return choose_micro_batch(needed, some_batches(), SETTINGS, Parallel())
 
 
-def choose(loss: NextTokenLoss) -> int:
-    return choose_micro_batch(loss, some_batches(), SETTINGS, Parallel())
+def test_all_rows_where_memory_is_plenty_fewer_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 1000.0)
+    assert choose(lambda rows: 500 + rows) == 32
+    assert choose(lambda rows: 500 + 50 * rows) == 6, "80 % of the memory may be used"
+    assert choose(lambda rows: 10_000.0) == 1, "one row is always tried"
 
 
-def test_all_rows_where_memory_is_plenty_fewer_where_it_is_not(
-    loss: NextTokenLoss, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = sum(p.numel() for p in loss.parameters())
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 10**12)
-    assert choose(loss) == 32
-    first = some_batches().step(0, 1)[0]
-    row = micro_batch._row_bytes(loss, first, torch.device("cpu")) * 64 / first.input_ids_BT.numel()
-    free = trained * micro_batch.STATE_BYTES["adamw"] + 5.5 * row / micro_batch.USABLE
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: free)
-    assert choose(loss) == 5
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 0)
-    assert choose(loss) == 1, "one row is always tried"
-
-
-def test_never_more_tokens_than_make_a_device_faster(loss: NextTokenLoss, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 10**12)
+def test_never_more_tokens_than_make_a_device_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch, "ENOUGH_TOKENS", 64 * 3)
-    assert choose(loss) == 3
+    assert choose(lambda rows: 0.0) == 3
 
 
-def test_the_trial_leaves_no_gradient(loss: NextTokenLoss) -> None:
-    choose(loss)
-    assert all(p.grad is None for p in loss.parameters())
+def test_memory_of_a_container_is_its_limit_and_processes_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(micro_batch, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert micro_batch._free_bytes(cpu) == 4_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert micro_batch._free_bytes(cpu) == 1_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert micro_batch._free_bytes(cpu) > 4_000_000
+
+
+def test_what_was_chosen_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(settings: StageSettings = SETTINGS) -> int:
+        return micro_batch_for(tmp_path, lambda rows: 100.0 * rows, some_batches(), settings, Parallel())
+
+    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 1000.0)
+    assert found() == 8
+    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 200.0)
+    assert found() == 8, "a resumed stage rounds as it began"
+    assert found(replace(SETTINGS, micro_batch=3)) == 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "trains", [{"layers": "all"}, {"input_rows": "new"}, {"output_rows": "all"}, {"layers": "lora", "lora": LORA}]
+)
+def test_auto_in_bfloat16_trains_whatever_trains(
+    tmp_path: Path, tiny_tokenizer: Path, trains: dict[str, Any], checkpointing: bool
+) -> None:
+    source = tiny.write_checkpoint(tmp_path / "model", tiny_tokenizer, tied=False)
+    settings = replace(BASE, **trains, micro_batch=None, precision="bf16", gradient_checkpointing=checkpointing)
+    found = series(source, tmp_path / "auto", settings)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
 
 
 def test_a_step_that_does_not_fit_goes_on_with_smaller_ones(
@@ -95,5 +114,8 @@ def test_a_single_row_that_does_not_fit_is_one_clear_line(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(NextTokenLoss, "forward", none_fits)
-    with pytest.raises(TrainingError, match=r"stage test, step 1: out of memory with 1 rows of 64 tokens.*micro_batch"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: out of memory with 1 row\(s\) of 64 tokens at a time; set gradient_checkpointing: true",
+    ):
         series(source, tmp_path / "work", replace(BASE, **KINDS["new rows"], micro_batch=1))

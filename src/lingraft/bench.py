@@ -49,6 +49,7 @@ NEW_TOKEN_SHARE = 0.3  # of the synthetic tokens
 SHARD_BYTES = 2 * 10**9
 STORED = torch.bfloat16  # as models are published, whatever they are trained in
 GB = 1e9
+LESS = "for less memory give fewer --tokens, --optimizer adamw_8bit or --quantise nf4"
 # What the time between two marks was spent on, by the later one.
 PARTS = ("data", "trunk_forward", "loss", "trunk_backward", "optimizer")
 
@@ -89,7 +90,8 @@ def bench(
     config = text_model(config_of(shape))
     if new_rows >= config.vocab_size:
         raise RecipeError(f"--new-rows: the shape has {config.vocab_size:,} rows; give fewer than that")
-    row_tokens = min(tokens, ROW_TOKENS)
+    rows = -(-tokens // ROW_TOKENS)
+    row_tokens = -(-tokens // rows)
     settings = {"precision": dtype, "sequence_length": row_tokens, **(settings or {})}
     chosen = _chosen(stage)
     results = []
@@ -97,7 +99,7 @@ def bench(
         model = Path(folder) / "model"
         write_random(config, model, STORED)
         for number in chosen:
-            setup = Setup(eeve_stage(number, settings), number, row_tokens, -(-tokens // row_tokens), steps, new_rows)
+            setup = Setup(eeve_stage(number, settings), number, row_tokens, rows, steps, new_rows)
             results.append({"shape": shape, **in_own_process(setup, model, Path(folder))})
     return results
 
@@ -180,7 +182,7 @@ def in_own_process(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
         process.join()
         raise TrainingError(
             f"stage {setup.stage.name}: its process ended without a result (exit code {process.exitcode}; -9 is most "
-            "likely for want of memory); give fewer --tokens, --optimizer adamw_8bit or --quantise nf4"
+            f"likely for want of memory, else what went wrong stands above); {LESS}"
         ) from None
     process.join()
     if isinstance(result, LingraftError):
@@ -193,6 +195,8 @@ def _measure_and_send(connection: Connection, setup: Setup, model: Path, work: P
         connection.send(measure(setup, model, work))
     except LingraftError as error:
         connection.send(error)
+    except torch.OutOfMemoryError as error:
+        connection.send(TrainingError(f"stage {setup.stage.name}: {str(error).partition(chr(10))[0]}; {LESS}"))
 
 
 def measure(setup: Setup, model: Path, work: Path) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class _Verbs(TyperGroup):
         except Exception as error:
             if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch's own is not imported here
                 _fail(
-                    "out of memory; finished steps are kept: set a smaller batch_size or sequence_length, or "
-                    "gradient_checkpointing: true, under training in the recipe, and give the same command again",
+                    "out of memory; finished steps are kept: set micro_batch: 1, optimizer: adamw_8bit, quantise: nf4 "
+                    "or a smaller sequence_length under training in the recipe (lingraft plan shows what each saves), "
+                    "and give the same command again",
                     2,
                 )
             number = _system_errno(error)

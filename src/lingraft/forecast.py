@@ -58,7 +58,7 @@ def rates(device: str | None) -> Rates:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device in ("cpu", "cuda"):
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         return Rates(f"this machine's {device}", device, measured(torch.device(device)))
     if device not in DEVICES:
         known = ", ".join((*DEVICES, "cpu"))
@@ -101,6 +101,7 @@ def forecast(
     expected, origin = expected_tokens(plan, step, settings, tokens)
     return {
         "trainable": trained,
+        "device": device.name,
         "memory_gb": {part: size / GB for part, size in asdict(given.memory).items()}
         | {"peak": given.memory.peak / GB},
         "flops_per_token": flops_per_token(dims, settings, new_rows, stage.sequence_length).total,

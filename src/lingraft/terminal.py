@@ -87,7 +87,8 @@ def _forecast(data: dict[str, Any]) -> str:
     legend = "; ".join(f"{_CHANGES[key].format('…')} is {key}: {_yaml(key, value)}" for key, value in used.items())
     unknown = {s["expected_from"] for s in stages if s["expected_tokens"] is None}
     lines = [
-        "memory of training, GB, one row at a time where micro_batch is auto; a layer and the loss work in turn",
+        f"memory of training, GB, on {stages[0]['device']}, one row at a time where micro_batch is auto; a layer and "
+        "the loss work in turn",
         table(memory, "  "),
         "",
         *(f"time at {assumed}" for assumed in dict.fromkeys(s["assumed"] for s in stages)),
@@ -95,7 +96,7 @@ def _forecast(data: dict[str, Any]) -> str:
         table(times, "  "),
         f"  disk at most {_gb(data['disk_gb'])} GB, beside the base and the corpus",
         "",
-        "fits, or fits with these changes of the recipe (× time)",
+        "fits a GPU of so much memory as it is, or with these changes of the recipe (× time)",
         table(cards, "  "),
     ]
     return "\n".join([*lines, f"  {legend}"] if legend else lines)

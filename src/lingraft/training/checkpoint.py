@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lingraft.errors import TrainingError
 from lingraft.progress import say
 from lingraft.training.parallel import Parallel
 
@@ -88,23 +90,34 @@ def save(
 def resume(
     work: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> Position:
-    """Load the newest whole checkpoint into parameters and optimiser; without one, they stay as they are."""
+    """Load the newest whole checkpoint into parameters and optimiser; without one, they stay as they are.
+
+    Raises:
+        TrainingError: it is of another kind of stage, or the processes don't find the same one.
+    """
     folders = _newest_first(work)
-    if not folders:
-        return Position()
-    _make_states(optimizer)
+    if folders:
+        _make_states(optimizer)
     live = _state(parameters, optimizer, parallel)
-    for folder, older in zip(folders, [*folders[1:], None], strict=True):
+    position, state = Position(), None
+    for folder, older in zip_longest(folders, folders[1:]):
         try:
-            position, saved = _read(folder, parameters, live)
+            position, state = _read(folder, parameters, live)
+            break
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             instead = f"going back to {older.name}" if older else "the stage starts again"
             say(f"  {folder.name} is damaged ({error}): {instead}", style="yellow")
-            continue
-        _restore(saved, live, parameters, optimizer, parallel)
-        return position
-    optimizer.state.clear()
-    return Position()
+    latest, earliest = parallel.most(position.step, -position.step)
+    if latest != -earliest:
+        raise TrainingError(
+            f"{work}: the processes find different checkpoints, of steps {-earliest:.0f} to {latest:.0f}; the run's "
+            "folder has to be on a disk that all machines see alike, then give the same command again"
+        )
+    if state is not None:
+        _restore(state, live, parameters, optimizer, parallel)
+    elif folders:
+        optimizer.state.clear()
+    return position
 
 
 def _state(
@@ -141,7 +154,8 @@ def _read(
     """A checkpoint's position and state. The tensors are mapped from the file, not read.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, SafetensorError: it is damaged, or of another kind of stage.
+        OSError, ValueError, KeyError, TypeError, SafetensorError: it is damaged.
+        TrainingError: it is whole, but of another kind of stage.
     """
     written = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     facts = written["facts"]
@@ -152,7 +166,10 @@ def _read(
         saved |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
     values = {f"value/{name}" for name in parameters}
     if not values <= saved.keys() <= live.keys() or any(_kind(saved[key]) != _kind(live[key]) for key in saved):
-        raise ValueError("it is of another version of the stage")
+        raise TrainingError(
+            f"{folder}: this half-done stage was begun in another way (optimizer, parallel, or zero2's number of "
+            f"processes); go on as it was begun, or delete {folder.parent} to begin it again"
+        )
     return Position(**facts["position"]), saved
 
 

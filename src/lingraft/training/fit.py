@@ -82,7 +82,7 @@ class Job:
             options["micro_batch"] = [given.micro_batch, 1]
         if passes_back(self.dims, given) and not given.gradient_checkpointing:
             options["gradient_checkpointing"] = [False, True]
-        if given.optimizer == "adamw":
+        if given.optimizer == "adamw" and given.parallel == "ddp":
             options["optimizer"] = ["adamw", "adamw_8bit"]
         if given.layers != "all" and given.quantise == "none":
             options["quantise"] = ["none", "nf4"]

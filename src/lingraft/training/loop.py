@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from lingraft.progress import bar, say
 from lingraft.training import checkpoint
 from lingraft.training.batches import Batches, MicroBatch
 from lingraft.training.devices import wait
-from lingraft.training.micro_batch import choose_micro_batch
+from lingraft.training.micro_batch import micro_batch_for
 from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
 from lingraft.training.validation import Best, validation_steps
@@ -90,6 +90,7 @@ def train(
     settings: StageSettings,
     work: Path,
     parallel: Parallel,
+    needed: Callable[[int], float],
     validation: Batches | None = None,
     events: Path | None = None,
 ) -> LoopResult:
@@ -98,6 +99,7 @@ def train(
     Args:
         loss_model: maps a micro-batch and a scale to the scaled sum of the loss over its learnt tokens.
         groups: optimiser groups (`params`, `lr`, `weight_decay`, `name`).
+        needed: bytes that training with so many rows at a time takes beside the weights, for `micro_batch: auto`.
         validation: held-out text, measured as `settings.validate_every` says; `keep: best` needs it.
         events: folder for TensorBoard.
     Raises:
@@ -109,9 +111,9 @@ def train(
         group["peak_lr"] = group["lr"]
     position = checkpoint.resume(work, parameters, optimizer, parallel)
     first = position.step
-    # a resumed stage must round as it did before
-    micro_batch = settings.micro_batch or position.micro_batch
-    feed = _Feed(batches, first, micro_batch or choose_micro_batch(loss_model, batches, settings, parallel))
+    micro_batch = micro_batch_for(work, needed, batches, settings, parallel)
+    # a resumed stage must round as it did before, when it may have become smaller
+    feed = _Feed(batches, first, min(micro_batch, position.micro_batch or micro_batch))
     due = validation_steps(len(batches), batches.epochs, settings.validate_every) if validation else set()
     best = Best(work / "best.safetensors", parallel) if settings.keep == "best" else None
     last_saved = time.monotonic()
@@ -134,7 +136,10 @@ def train(
             norm = parallel.clip(parameters.values(), settings.clip)
             clock.lap("gradients")
             spike = watch.check(step + 1, loss, norm, micro_batches)
-            parallel.step(optimizer)
+            try:
+                parallel.step(optimizer)  # Adam's states are made by the first one
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(_no_room(settings, step, feed)) from error
             clock.lap("update")
 
             tokens = sum(m.size for m in micro_batches)
@@ -222,14 +227,25 @@ def _gradients(
             for parameter in loss_model.parameters():
                 parameter.grad = None
             if feed.micro_batch == 1 or parallel.size > 1:
-                raise TrainingError(
-                    f"stage {settings.name}, step {step + 1}: out of memory with {feed.micro_batch} rows of "
-                    f"{feed.batches.sequence_length} tokens at a time; set a smaller micro_batch, "
-                    "gradient_checkpointing: true, optimizer: adamw_8bit or a shorter sequence_length (lingraft plan "
-                    "shows what each saves)"
-                ) from error
+                raise TrainingError(_no_room(settings, step, feed)) from error
         torch.cuda.empty_cache()
         micro_batches = feed.again_smaller(step)
+
+
+def _no_room(settings: StageSettings, step: int, feed: _Feed) -> str:
+    """What to change where a step doesn't fit: only what is not so already."""
+    changes = {
+        "a smaller micro_batch": feed.micro_batch > 1,
+        "gradient_checkpointing: true": not settings.gradient_checkpointing,
+        "optimizer: adamw_8bit": settings.optimizer == "adamw" and settings.parallel == "ddp",
+        "quantise: nf4": settings.quantise == "none" and settings.layers != "all",
+        "a shorter sequence_length": True,
+    }
+    return (
+        f"stage {settings.name}, step {step + 1}: out of memory with {feed.micro_batch} row(s) of "
+        f"{feed.batches.sequence_length} tokens at a time; set {', or '.join(c for c, new in changes.items() if new)} "
+        "(lingraft plan shows what each saves) and give the same command again"
+    )
 
 
 def _seed(seed: int, step: int, process: int) -> None:

@@ -7,7 +7,8 @@ kept for the gradient of these rows. Where the whole matrix trains, the logits o
 in the model's precision, since making them again would cost one more product.
 
 Only positions that are learnt reach the output matrix. What a chunk of positions needs beside its result is at most
-CHUNK_BYTES; the gradients are made in the forward pass, so nothing else waits for the backward pass.
+CHUNK_BYTES and the logits of new rows; the gradients are made in the forward pass, so nothing else waits for the
+backward pass.
 
 Shapes: N learnt positions, D width, V vocabulary, M new rows, b rows of a block.
 """
@@ -206,8 +207,9 @@ def _frozen_chunk(
             pull_ND.mul_(shrunk_N).add_(torch.mm(scratch.converted("product", weights_Nb, dtype), block.weight))
 
     for block in _blocks(matrix_VD, hidden_ND, unseen):
-        take(block, logits_of(block))
-    if new_MD is not None:
+        if block.unseen is None or len(block.unseen) < len(block.weight):
+            take(block, logits_of(block))
+    if new_MD is not None and len(new_MD):
         block = _Block(new_MD, rows)
         logits_NM = logits_of(block)
         kept_NM = logits_NM.clone() if gradient_MD is not None else None
@@ -239,9 +241,10 @@ def _error(rows: slice, logits_Nb: Tensor, log_sum_N: Tensor, places_N: Tensor, 
 class TrainedMatrixLoss(Function):
     """Summed cross-entropy against an output matrix that trains as a whole.
 
-    forward(hidden_ND, values_VD, labels_N, softcap, scale, scratch): the loss is multiplied by `scale`. The gradient of
-    `values_VD` (a float32 parameter) goes into the one that it has already, so that a step of many micro-batches
-    holds it once; that is why the scale is needed here, and nothing may scale the loss afterwards.
+    forward(hidden_ND, values_VD, labels_N, softcap, scale, scratch, shared): the loss is multiplied by `scale`. The
+    gradient of `values_VD` (a float32 parameter) goes into the one that it has already, so that a step of many
+    micro-batches holds it once; that is why the scale is needed here, and nothing may scale the loss afterwards.
+    Where the input embedding shares the rows, it is left with the parameter, for the embedding's own to be added.
     """
 
     @staticmethod
@@ -253,6 +256,7 @@ class TrainedMatrixLoss(Function):
         softcap: float | None,
         scale: float,
         scratch: Scratch,
+        shared: bool,
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
@@ -296,13 +300,17 @@ class TrainedMatrixLoss(Function):
             adds = True
             total += softmax.loss
         ctx.gradients = gradient_ND, gradient_VD
+        ctx.shared = values_VD if shared else None
         return total * scale
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
         assert upstream == 1, "the gradients are made already: scale the loss by its own argument"
-        gradients, ctx.gradients = ctx.gradients, None
-        return *gradients, None, None, None, None
+        gradient_ND, gradient_VD = ctx.gradients
+        ctx.gradients = None
+        if ctx.shared is not None:
+            ctx.shared.grad, gradient_VD = gradient_VD, None
+        return gradient_ND, gradient_VD, None, None, None, None, None
 
 
 def _multiply_into(rows: Tensor, one: Tensor, other: Tensor, adds: bool) -> None:
@@ -361,7 +369,8 @@ class NextTokenLoss(nn.Module):
         replaced = [] if self.rows is None or self.rows.ids is None else self.rows.ids.tolist()
         self.unseen = sorted({*(excluded_ids or ()), *replaced})
         inside = (p for name, p in model.named_parameters() if p is not (self.rows.values if self.rows else None))
-        self.trunk_trains = any(p.requires_grad for p in inside) or _shares_rows(model, self.rows)
+        self.shared = _shares_rows(model, self.rows)
+        self.trunk_trains = any(p.requires_grad for p in inside) or self.shared
 
     def forward(self, input_ids_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor, scale: float = 1.0) -> Tensor:
         learnt = labels_BT != IGNORED
@@ -383,7 +392,7 @@ class NextTokenLoss(nn.Module):
         if values is not None and not torch.is_grad_enabled():
             values = values.detach()  # or a Function would think that its gradient is wanted
         if self.rows is not None and self.rows.ids is None:
-            return TrainedMatrixLoss.apply(hidden_ND, values, labels_N, self.softcap, scale, self.scratch)
+            return TrainedMatrixLoss.apply(hidden_ND, values, labels_N, self.softcap, scale, self.scratch, self.shared)
         matrix_VD = self.model.get_output_embeddings().weight
         places_N = labels_N
         if self.rows is not None:

@@ -1,67 +1,72 @@
 """How many rows of a step go through the model at a time.
 
-The result of a step is the same sum however it is split, so this is a matter of memory and speed alone. What one row
-needs is measured with a trial on the model as it is.
+The result of a step is the same sum however it is split, so this is a matter of memory and speed alone. It is decided
+by what `memory.py` counts for so many rows, once, and remembered: another split rounds differently.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
 import psutil
 import torch
-from torch import Tensor, nn
 
-from lingraft.training.batches import Batches, MicroBatch
-from lingraft.training.parallel import Parallel, here
+from lingraft.artifact import write_json
+from lingraft.training.batches import Batches
+from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
 
 # More tokens at a time than this make no device faster.
 ENOUGH_TOKENS = 8192
 # The part of the free memory that may be used: allocators and drivers want some too.
 USABLE = 0.8
-# Bytes a token needs in a layer that keeps nothing: 16 vectors of width 4,096 in float32.
-WORKING_BYTES = 16 * 4096 * 4
-# Bytes a trained value needs beside itself: its gradient and the optimiser's moments.
-STATE_BYTES = {"adamw": 12, "adamw_8bit": 7, "paged_adamw_8bit": 7}
+REMEMBERED = "micro-batch.json"
+# The memory limit of a container or a batch job, and what of it is taken.
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose_micro_batch(loss_model: nn.Module, batches: Batches, settings: StageSettings, parallel: Parallel) -> int:
-    """As many rows at a time as fit into every process's memory."""
+def micro_batch_for(
+    work: Path, needed: Callable[[int], float], batches: Batches, settings: StageSettings, parallel: Parallel
+) -> int:
+    """The recipe's number, or the one chosen when the stage began; chosen now where there is neither.
+
+    Args:
+        work: the stage's own folder; needed: bytes that training with so many rows at a time takes beside the weights.
+    """
+    if settings.micro_batch is not None:
+        return settings.micro_batch
+    path, remembered = work / REMEMBERED, 0
+    with suppress(OSError, ValueError):
+        remembered = int(json.loads(path.read_text(encoding="utf-8")))
+    chosen = int(parallel.most(remembered)[0])  # every process has read before one of them writes
+    if not chosen:
+        chosen = choose_micro_batch(needed, batches, settings, parallel)
+        if parallel.first:
+            write_json(path, chosen)
+    return chosen
+
+
+def choose_micro_batch(
+    needed: Callable[[int], float], batches: Batches, settings: StageSettings, parallel: Parallel
+) -> int:
+    """As many rows at a time as fit into every process's memory; one where none does, which may fit after all."""
     rows = -(-settings.rows_per_step // parallel.size)
-    row = batches.step(0, 1)[0]
     most = min(rows, max(1, ENOUGH_TOKENS // batches.sequence_length))
-    if most == 1:
-        return 1
-    trained = sum(here(p).numel() for p in loss_model.parameters() if p.requires_grad)
-    free = (_free_bytes(parallel.device) - trained * STATE_BYTES[settings.optimizer]) * USABLE
-    full_row = _row_bytes(loss_model, row, parallel.device) * batches.sequence_length / row.input_ids_BT.numel()
-    fitting = free // full_row
-    return min(max(int(-parallel.most(-fitting)[0]), 1), most)
+    free = USABLE * _free_bytes(parallel.device)
+    fitting = max((count for count in range(1, most + 1) if needed(count) <= free), default=1)
+    return int(-parallel.most(-fitting)[0])
 
 
-def _row_bytes(loss_model: nn.Module, row: MicroBatch, device: torch.device) -> int:
-    """Bytes that one row keeps until its backward pass. Leaves no gradient behind."""
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
-        return tensor
-
-    tensors = [t.to(device) for t in (row.input_ids_BT, row.labels_BT, row.position_ids_BT)]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss_model(*tensors)
-    for parameter in loss_model.parameters():
-        parameter.grad = None
-    # weights are no part of a row's; those that were gathered for a layer are empty again by now
-    for tensor in (*loss_model.parameters(), *loss_model.buffers()):
-        saved.pop(here(tensor).untyped_storage().data_ptr(), None)
-    # as much again while gradients are made; where nothing is kept, what a layer works with
-    kept = sum(storage.nbytes() for storage in saved.values())
-    return max(2 * kept, row.input_ids_BT.numel() * WORKING_BYTES)
-
-
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
+    """Memory that this process may still take: of its GPU, or its share of the machine's."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+        free = min(free, int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lingraft.model.changes import Changes, Proof, Rows, check_writable, write_changed
+from lingraft.model.dimensions import dimensions
 from lingraft.model.load import DTYPES, body_parameters, input_matrix, load, output_matrix
 from lingraft.model.lora import adapters, add_lora, lora_parameters
 from lingraft.model.rows import TrainableRows, VocabularyTraining
@@ -26,6 +27,7 @@ from lingraft.training.attention import blocks_on_cpu
 from lingraft.training.batches import Batches
 from lingraft.training.loop import LoopResult, train
 from lingraft.training.loss import NextTokenLoss
+from lingraft.training.memory import BYTES, stage_memory
 from lingraft.training.optimizer import parameter_groups
 from lingraft.training.parallel import Parallel, parallel_for
 from lingraft.training.settings import StageSettings
@@ -227,9 +229,32 @@ class _Trained:
         groups = parameter_groups(self.rows.values(), self.layers.values(), self.settings)
         parameters = self.rows | self.layers
         with blocks_on_cpu(self.model):
-            result = train(loss_model, groups, parameters, batches, self.settings, work, parallel, validation, events)
+            result = train(
+                loss_model,
+                groups,
+                parameters,
+                batches,
+                self.settings,
+                work,
+                parallel,
+                self._needed(batches.sequence_length, parallel.device),
+                validation,
+                events,
+            )
         self.model.gradient_checkpointing_disable()
         return result
+
+    def _needed(self, sequence_length: int, device: torch.device) -> Callable[[int], float]:
+        """Bytes that training takes beside the weights, with so many rows at a time."""
+        dims = dimensions(self.model.config, tied=self.vocabulary.tied)
+        stored = BYTES[self.settings.precision]
+
+        def needed(rows: int) -> float:
+            new, settings = len(self.vocabulary.new_ids), self.settings
+            parts = stage_memory(dims, settings, new, sequence_length, rows, stored_bytes=stored, device=device.type)
+            return parts.peak - parts.weights - parts.trained
+
+        return needed
 
     def sizes(self) -> dict[str, int]:
         """Numbers of trainable values: in rows, and in layers or adapters."""
