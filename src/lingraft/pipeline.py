@@ -134,7 +134,7 @@ def _run_step(plan: Plan, step: Step, number: int, command: str) -> None:
     }
     publish(out, plan.run / step.name, manifest)
     shutil.rmtree(scratch, ignore_errors=True)
-    for line in summary(step, results, time.monotonic() - begin):
+    for line in summary(step, results):
         say(line)
 
 

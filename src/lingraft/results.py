@@ -13,7 +13,7 @@ from lingraft.report.summary import kept_loss
 from lingraft.steps.report import report_data
 
 
-def summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
+def summary(step: Step, results: dict[str, Any]) -> list[str]:
     """What a finished step says about itself."""
     if step.name == "01-corpus":
         lines = []
@@ -44,7 +44,7 @@ def summary(step: Step, results: dict[str, Any], seconds: float) -> list[str]:
         return [
             f"  {results['trains']}: loss {results['first_loss']:.3f} → {results['last_loss']:.3f}, "
             + _validated(results)
-            + f"{results['tokens']:,} tokens in {seconds:.0f} s ({results['tokens_per_second']:,.0f}/s); "
+            + f"{results['tokens']:,} tokens in {results['seconds']:.0f} s ({results['tokens_per_second']:,.0f}/s); "
             f"{results['unchanged_tensors']} tensors proven unchanged",
             *(
                 [f"  {results['chats_left_out']:,} chats left out: longer than sequence_length"]

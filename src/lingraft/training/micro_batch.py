@@ -6,7 +6,6 @@ by what `memory.py` counts for so many rows, once, and remembered: another split
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from lingraft.artifact import write_json
 from lingraft.training.batches import Batches
 from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
@@ -24,7 +22,7 @@ from lingraft.training.settings import StageSettings
 ENOUGH_TOKENS = 8192
 # The part of the free memory that may be used: allocators and drivers want some too.
 USABLE = 0.8
-REMEMBERED = "micro-batch.json"
+REMEMBERED = "micro-batch.txt"
 # The memory limit of a container or a batch job, and what of it is taken.
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -41,12 +39,14 @@ def micro_batch_for(
         return settings.micro_batch
     path, remembered = work / REMEMBERED, 0
     with suppress(OSError, ValueError):
-        remembered = int(json.loads(path.read_text(encoding="utf-8")))
+        remembered = int(path.read_text(encoding="utf-8"))
     chosen = int(parallel.most(remembered)[0])  # every process has read before one of them writes
     if not chosen:
         chosen = choose_micro_batch(needed, batches, settings, parallel)
         if parallel.first:
-            write_json(path, chosen)
+            beside = path.with_suffix(".partial")
+            beside.write_text(f"{chosen}\n", encoding="utf-8")
+            os.replace(beside, path)
     return chosen
 
 
