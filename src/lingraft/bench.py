@@ -83,7 +83,8 @@ def bench(
         stage: number or name of the only one to run, by default all.
         dtype: `bf16` or `fp32`; tokens: of an optimiser step; steps: that are measured, after one that is not.
         new_rows: how many of the shape's rows count as new, the last ones.
-        settings: keys of a recipe's stage, such as `{"optimizer": "adamw_8bit"}`.
+        settings: keys of a recipe's stage, such as `{"optimizer": "adamw_8bit"}`. Unlike in a recipe, activations are
+            kept unless `gradient_checkpointing` is set.
     Raises:
         LingraftError: no such shape or stage, a setting that the recipe would refuse, or too little memory.
     """
@@ -92,7 +93,8 @@ def bench(
         raise RecipeError(f"--new-rows: the shape has {config.vocab_size:,} rows; give fewer than that")
     rows = -(-tokens // ROW_TOKENS)
     row_tokens = -(-tokens // rows)
-    settings = {"precision": dtype, "sequence_length": row_tokens, **(settings or {})}
+    own = {"precision": dtype, "sequence_length": row_tokens, "gradient_checkpointing": False}
+    settings = own | (settings or {})
     chosen = _chosen(stage)
     results = []
     with tempfile.TemporaryDirectory(prefix="lingraft-bench-") as folder:

@@ -166,12 +166,17 @@ def bench(
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of an optimiser step.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are measured, after one that is not.")] = 5,
     new_rows: Annotated[int, typer.Option(min=1, help="How many of the shape's rows are new ones.")] = 6143,
-    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], typer.Option()] = "adamw",
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], typer.Option(help="Of the stage, as in a recipe.")
+    ] = "adamw",
     quantise: Annotated[
         Literal["none", "nf4"] | None, typer.Option(help="Hold frozen layers in 4 bits (default: as EEVE's stages do).")
     ] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows at a time (default: as many as fit).")] = None,
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(help="Make activations again in the backward pass, as EEVE's stages do: slower, less memory."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a few steps of each stage on random weights: tokens/s, peak memory, utilisation, where the time goes."""
