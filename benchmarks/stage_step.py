@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -124,10 +123,6 @@ def write_checkpoint(folder: Path) -> None:
     from lingraft.bench import write_random
 
     write_random(config(), folder, torch.bfloat16)
-    for path in folder.iterdir():  # let it be read from the disk, as a model usually is
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run(contender: str, checkpoint: str, stage: int, dtype: str, changes: dict[str, Any]) -> dict[str, float]:
