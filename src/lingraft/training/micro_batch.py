@@ -23,7 +23,7 @@ ENOUGH_TOKENS = 8192
 # The part of the free memory that may be used: allocators and drivers want some too.
 USABLE = 0.8
 REMEMBERED = "micro-batch.txt"
-# The memory limit of a container or a batch job, and what of it is taken.
+# Where a container or a batch job has its memory limit, and what of it is taken.
 CGROUP = Path("/sys/fs/cgroup")
 
 

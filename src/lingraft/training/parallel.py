@@ -315,11 +315,6 @@ class _ZeroParallel(Parallel):
         self.engine.destroy()
 
 
-def here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def parallel_for(settings: StageSettings) -> Parallel:
     """The way that a stage asks for; one process is alone, whatever it asks for.
 
