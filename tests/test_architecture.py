@@ -23,7 +23,7 @@ DOMAINS = {
     "families",
     "doctor",
 }
-SHARED = {"errors", "processes", "progress", "languages", "prompts", "version"}
+SHARED = {"atomic", "errors", "processes", "progress", "languages", "prompts", "version"}
 ALLOWED = {
     "corpus": set(),
     "tokenizer": {"families"},

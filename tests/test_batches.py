@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from lingraft.artifact import write_json
+from lingraft.atomic import write_json
 from lingraft.model.load import load, load_tokenizer
 from lingraft.prompts import encode_chat
 from lingraft.steps import batches as step

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from lingraft.errors import ModelError
 from lingraft.model import rows
 from lingraft.model.rows import TrainableRows, VocabularyTraining
-from lingraft.training import loss as losses
+from lingraft.training import cross_entropy
 from lingraft.training.batches import IGNORED
-from lingraft.training.loss import FrozenMatrixLoss, NextTokenLoss, Scratch, TrainedMatrixLoss
+from lingraft.training.cross_entropy import FrozenMatrixLoss, Scratch, TrainedMatrixLoss
+from lingraft.training.loss import NextTokenLoss
 
 NEW_IDS = [5, 400, 401, 402, 639]
 ROWS = [("new", "none"), ("none", "new"), ("new", "new"), ("none", "all"), ("new", "all"), ("all", "all")]
@@ -25,10 +26,10 @@ ROWS = [("new", "none"), ("none", "new"), ("new", "new"), ("none", "all"), ("new
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny vocabularies go through many blocks and chunks as well."""
-    monkeypatch.setattr(losses, "BLOCK_ROWS", 100)
-    monkeypatch.setitem(losses.BLOCK_LOGITS, "cpu", 1)
-    monkeypatch.setitem(losses.CHUNK_POSITIONS, "cpu", 11)
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 9 * tiny.VOCABULARY * 4)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ROWS", 100)
+    monkeypatch.setitem(cross_entropy.BLOCK_LOGITS, "cpu", 1)
+    monkeypatch.setitem(cross_entropy.CHUNK_POSITIONS, "cpu", 11)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 9 * tiny.VOCABULARY * 4)
 
 
 def model_of(family: str, tied: bool, softcap: float | None = None) -> Any:
@@ -208,7 +209,7 @@ def test_a_head_with_a_bias_is_refused() -> None:
 
 
 def test_blocks_of_which_nothing_is_seen_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ROWS", 10)
     hidden_ND, matrix_VD = torch.randn(5, 4, requires_grad=True), torch.randn(40, 4)
     labels_N = torch.tensor([30, 31, 39, 25, 30])
     unseen = list(range(20))  # the first two blocks, whole

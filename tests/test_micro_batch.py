@@ -33,7 +33,7 @@ def choose(needed: Callable[[int], float]) -> int:
 
 
 def test_all_rows_where_memory_is_plenty_fewer_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 1000.0)
     assert choose(lambda rows: 500 + rows) == 32
     assert choose(lambda rows: 500 + 50 * rows) == 6, "80 % of the memory may be used"
     assert choose(lambda rows: 10_000.0) == 1, "one row is always tried"
@@ -44,27 +44,13 @@ def test_never_more_tokens_than_make_a_device_faster(monkeypatch: pytest.MonkeyP
     assert choose(lambda rows: 0.0) == 3
 
 
-def test_memory_of_a_container_is_its_limit_and_processes_share_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(micro_batch, "CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    assert micro_batch._free_bytes(cpu) == 4_000_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert micro_batch._free_bytes(cpu) == 1_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert micro_batch._free_bytes(cpu) > 4_000_000
-
-
 def test_what_was_chosen_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(settings: StageSettings = SETTINGS) -> int:
         return micro_batch_for(tmp_path, lambda rows: 100.0 * rows, some_batches(), settings, Parallel())
 
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 1000.0)
     assert found() == 8
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda device: 200.0)
+    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 200.0)
     assert found() == 8, "a resumed stage rounds as it began"
     assert found(replace(SETTINGS, micro_batch=3)) == 3
 

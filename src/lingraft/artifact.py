@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lingraft.atomic import flush, write_json
 from lingraft.errors import RunError
 
 MANIFEST = "manifest.json"
@@ -37,42 +38,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise RunError(f"{folder / MANIFEST}: damaged manifest; delete {folder} to make this step again") from error
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically: beside, flush, rename."""
-    write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: beside, flush, rename."""
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def publish(work: Path, place: Path, manifest: dict[str, Any]) -> None:
     """Flush the folder `work` with its manifest and move it to `place`, over what stood there before."""
     write_json(work / MANIFEST, manifest)
     for path in [*work.rglob("*"), work]:
-        _flush(path)
+        flush(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         os.replace(place, old)
     os.replace(work, place)
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Hashes:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lingraft.artifact import write_json
+from lingraft.atomic import write_json
 from lingraft.errors import LingraftError, RecipeError, TrainingError
 from lingraft.model.dimensions import dimensions, empty_model
 from lingraft.model.load import DTYPES, read_config

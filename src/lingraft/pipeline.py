@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lingraft.artifact import publish, write_text
+from lingraft.artifact import publish
+from lingraft.atomic import write_text
 from lingraft.errors import GateFailed, RecipeError, RunError
 from lingraft.evaluation.scoreboard import alarms
 from lingraft.layout import Plan, Step, make_plan

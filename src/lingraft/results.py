@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lingraft.artifact import write_json
+from lingraft.atomic import write_json
 from lingraft.evaluation.scoreboard import gate_checks
 from lingraft.layout import Plan, Step
 from lingraft.report import write as write_report

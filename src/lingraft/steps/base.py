@@ -7,7 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingraft.artifact import Hashes, key_of, write_json
+from lingraft.artifact import Hashes, key_of
+from lingraft.atomic import write_json
 from lingraft.errors import ModelError
 from lingraft.model import load as models
 from lingraft.recipe import Recipe

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingraft.artifact import Hashes, key_of, read_manifest, write_json
+from lingraft.artifact import Hashes, key_of, read_manifest
+from lingraft.atomic import write_json
 from lingraft.embeddings.rules import RULES
 from lingraft.errors import LingraftError
 from lingraft.evaluation.bits_per_byte import bits_per_byte

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lingraft.artifact import Hashes, write_json
+from lingraft.artifact import Hashes
+from lingraft.atomic import write_json
 from lingraft.errors import ModelError
 from lingraft.evaluation.bits_per_byte import bits_per_byte, unigram_bits_per_byte
 from lingraft.evaluation.generation import generate_checks

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lingraft.atomic import flush
 from lingraft.errors import TrainingError
 from lingraft.progress import say
 from lingraft.training.parallel import Parallel
@@ -75,9 +76,9 @@ def save(
         digest = _digest(partial, facts)
         (partial / FACTS).write_text(json.dumps({"facts": facts, "digest": digest}), encoding="utf-8")
         for path in (partial / TENSORS, partial / FACTS, partial):
-            _flush(path)
+            flush(path)
         os.replace(partial, work / f"checkpoint-{position.step}")
-        _flush(work)
+        flush(work)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -214,14 +215,6 @@ def _unwritten(work: Path, step: int, size: int, error: OSError | SafetensorErro
         f"no checkpoint at step {step}: {reason} (it needs {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free); a stop "
         f"now would go back to {newest.name if newest else 'the beginning of the stage'}"
     )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _step(folder: Path) -> int:

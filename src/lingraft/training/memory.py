@@ -1,7 +1,7 @@
 """How much memory a stage needs on its device, part by part, from the model's dimensions alone.
 
-The sizes follow what the loop holds (`loop.py`, `loss.py`, `lingraft.model.rows`), and what autograd saves of a layer
-in transformers' implementation; `lingraft bench` prints the prediction beside what it measures.
+The sizes follow what the loop holds (`loop.py`, `cross_entropy.py`, `lingraft.model.rows`), and what autograd saves of
+a layer in transformers' implementation; `lingraft bench` prints the prediction beside what it measures.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lingraft.model.dimensions import Dimensions
+from lingraft.model.rows import wider
 from lingraft.training.attention import BLOCK_QUERIES
-from lingraft.training.loss import CHUNK_POSITIONS, block_rows, chunk_positions
+from lingraft.training.cross_entropy import CHUNK_POSITIONS, block_rows, chunk_positions
 from lingraft.training.settings import StageSettings
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -66,8 +67,8 @@ def vocabulary_rows(dims: Dimensions, settings: StageSettings) -> tuple[str, str
     """Which input and output rows train. In a tied model they are the same rows, and the wider choice counts."""
     if not dims.tied:
         return settings.input_rows, settings.output_rows
-    wider = max(settings.input_rows, settings.output_rows, key=("none", "new", "all").index)
-    return wider, wider
+    both = wider(settings.input_rows, settings.output_rows)
+    return both, both
 
 
 def passes_back(dims: Dimensions, settings: StageSettings) -> bool:
@@ -207,7 +208,7 @@ def _masks(dims: Dimensions, held: int, micro_batch: int, length: int, device: s
 
 
 def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, tokens: int, device: str) -> float:
-    """What `lingraft.training.loss` needs beside the gradients of rows, for micro-batches all of whose tokens are
+    """What `cross_entropy.py` needs beside the gradients of rows, for micro-batches all of whose tokens are
     learnt; its names and its order."""
     _, output = vocabulary_rows(dims, settings)
     states = dims.width * held * (1 + passes_back(dims, settings)) * tokens

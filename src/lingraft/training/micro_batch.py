@@ -6,15 +6,13 @@ by what `memory.py` counts for so many rows, once, and remembered: another split
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-import torch
-
+from lingraft.atomic import write_text
 from lingraft.training.batches import Batches
+from lingraft.training.free_memory import free_bytes
 from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
 
@@ -23,8 +21,6 @@ ENOUGH_TOKENS = 8192
 # The part of the free memory that may be used: allocators and drivers want some too.
 USABLE = 0.8
 REMEMBERED = "micro-batch.txt"
-# Where a container or a batch job has its memory limit, and what of it is taken.
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def micro_batch_for(
@@ -44,9 +40,7 @@ def micro_batch_for(
     if not chosen:
         chosen = choose_micro_batch(needed, batches, settings, parallel)
         if parallel.first:
-            beside = path.with_suffix(".partial")
-            beside.write_text(f"{chosen}\n", encoding="utf-8")
-            os.replace(beside, path)
+            write_text(path, f"{chosen}\n")
     return chosen
 
 
@@ -56,17 +50,6 @@ def choose_micro_batch(
     """As many rows at a time as fit into every process's memory; one where none does, which may fit after all."""
     rows = -(-settings.rows_per_step // parallel.size)
     most = min(rows, max(1, ENOUGH_TOKENS // batches.sequence_length))
-    free = USABLE * _free_bytes(parallel.device)
+    free = USABLE * free_bytes(parallel.device)
     fitting = max((count for count in range(1, most + 1) if needed(count) <= free), default=1)
     return int(-parallel.most(-fitting)[0])
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Memory that this process may still take: of its GPU, or its share of the machine's."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no such file, or no limit ("max")
-        free = min(free, int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -34,9 +34,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: StageSettings) -> tor
         ) from error
     kind = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[settings.optimizer]
     optimizer = kind(groups, betas=settings.betas)
-    optimizer.update_step = partial(
-        _update_step, optimizer, optimizer.update_step
-    )  # bitsandbytes' hook for a parameter
+    optimizer.update_step = partial(_update_step, optimizer, optimizer.update_step)  # called for each parameter
     return optimizer
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lingraft.atomic import flush
 from lingraft.errors import TrainingError
 from lingraft.training.parallel import Parallel
 
@@ -72,8 +73,7 @@ class Best:
         partial = self.path.with_suffix(".partial")
         try:
             save_file(tensors, partial, metadata={"step": str(step), "loss": repr(loss)})
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
+            flush(partial)
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
