@@ -46,8 +46,6 @@ def test_a_stage_from_the_command_line(shape: str) -> None:
     layer = 4 * 32 + 2 * 16 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
     assert found["weights_gb"] == pytest.approx(2 * (2 * 640 * 32 + 2 * layer + 32) / 1e9)
     assert found["peak_memory_gb"] > 0
-    # no gradient passes through the trunk
-    assert found["seconds"]["trunk_backward"] < found["seconds"]["trunk_forward"]
     shown = terminal.bench([found])
     assert "2 new-output-rows" in shown
     assert f"{found['tokens_per_second']:,.1f}" in shown

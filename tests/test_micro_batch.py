@@ -12,6 +12,7 @@ import tiny
 import torch
 from test_invariance import BASE, KINDS, STEPS, documents, series
 
+from lingraft.atomic import write_text
 from lingraft.errors import TrainingError
 from lingraft.training import micro_batch
 from lingraft.training.batches import Batches
@@ -53,6 +54,19 @@ def test_what_was_chosen_is_remembered(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 200.0)
     assert found() == 8, "a resumed stage rounds as it began"
     assert found(replace(SETTINGS, micro_batch=3)) == 3
+
+
+def test_a_steps_rows_go_round_all_processes(tmp_path: Path) -> None:
+    class Eight(Parallel):
+        def most(self, *numbers: float) -> list[float]:
+            return list(numbers)
+
+    eight = Eight()
+    eight.size = 8
+    asked = replace(SETTINGS, micro_batch=16)
+    assert micro_batch_for(tmp_path, lambda rows: 0.0, some_batches(), asked, eight) == 4
+    write_text(tmp_path / "micro-batch.txt", "16\n")  # begun by fewer processes
+    assert micro_batch_for(tmp_path, lambda rows: 0.0, some_batches(), SETTINGS, eight) == 4
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

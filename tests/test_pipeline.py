@@ -274,6 +274,11 @@ def lose_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def scale_logits(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
+
+
 def lose_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         (folder / name).unlink()
@@ -295,6 +300,7 @@ def shrink_rows(folder: Path) -> None:
         (pickle_weights, "pickled (pytorch_model.bin), which can run code when opened; convert them"),
         (lose_config, "no config.json here"),
         (lose_tokenizer, "tokenizer.json"),
+        (scale_logits, "multiplies or divides its logits by logits_scaling = 8.0"),
         (shrink_rows, "the tokenizer has 640 tokens but the model only 600 rows"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_resumed_watch_knows_that_a_spike_goes_on() -> None:
 def test_exploding_loss_stops() -> None:
     watch = LossWatch("rows", entries([2.0] * 30))
     watch.check(31, 3.9, 1.0, step_of(100, "d#1"))
-    cure = "lower learning_rate or look at these documents; finished steps and stages are kept"
+    cure = "lower learning_rate or look at these documents; finished stages and the newest checkpoint are kept"
     with pytest.raises(
         TrainingError, match=rf"stage rows, step 32: the loss jumped from about 2\.00 to 9\.00; .* read d#1; {cure}"
     ):

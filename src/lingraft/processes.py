@@ -11,7 +11,8 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
@@ -115,14 +116,8 @@ class _Team:
     def join_in(self, work: Callable[..., T], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> T:
         self.at_work = True
         try:
-            return work(*arguments, **keywords)
-        except RuntimeError as error:
-            if not _lost(error):
-                raise
-            raise RunError(
-                "another process of this run has died; what is finished and the newest checkpoint are kept, and the "
-                "same command goes on from there"
-            ) from error
+            with _one_line_for_a_loss():
+                return work(*arguments, **keywords)
         finally:
             self.at_work = False
 
@@ -133,9 +128,10 @@ class _Team:
     def hear(self) -> tuple[str, Any]:
         key = f"news {self.told}"
         self.told += 1
-        while not self.store.check([key]):
-            time.sleep(LOOK_SECONDS)
-        return pickle.loads(self.store.get(key))
+        with _one_line_for_a_loss():
+            while not self.store.check([key]):
+                time.sleep(LOOK_SECONDS)
+            return pickle.loads(self.store.get(key))
 
     def first_at(self, what: str) -> bool:
         try:
@@ -150,6 +146,19 @@ class _Team:
 
 
 _team: _Team | None = None
+
+
+@contextmanager
+def _one_line_for_a_loss() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        raise RunError(
+            "another process of this run has died; what is finished and the newest checkpoint are kept, and the "
+            "same command goes on from there"
+        ) from error
 
 
 def _lost(error: RuntimeError) -> bool:

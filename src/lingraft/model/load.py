@@ -50,6 +50,8 @@ TOKENIZER_FILES = (
     "graft.json",
 )
 COMPANIONS = PROCESSOR_FILES + TOKENIZER_FILES
+# How configs call a factor on the logits (Granite, Cohere, Muse, Falcon H1), which losses and scores here don't apply.
+LOGIT_FACTORS = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier")
 # How configs call ids that have a meaning outside the text: eos_token_id, image_token_index, …
 _SPECIAL_ID = re.compile(r"_token_(id|index)$")
 
@@ -115,6 +117,17 @@ def check(folder: Path, tokens: int | None = None) -> None:
             f"{folder}: the tokenizer has {tokens:,} tokens but the model only {rows:,} rows: they don't belong "
             "together; use the tokenizer that came with these weights"
         )
+
+
+def check_logits(folder: Path) -> None:
+    """Raise a ModelError where the model's logits are not simply its output matrix's, perhaps soft-capped."""
+    config = read_config(folder).get_text_config()
+    for key in LOGIT_FACTORS:
+        if getattr(config, key, None) not in (None, 1):
+            raise ModelError(
+                f"{folder}/config.json: the model multiplies or divides its logits by {key} = {getattr(config, key)}, "
+                "which losses and scores here don't know; use another base"
+            )
 
 
 def special_ids(folder: Path) -> frozenset[int]:

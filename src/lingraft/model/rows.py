@@ -38,10 +38,6 @@ class TrainableRows(nn.Module):
             self.register_buffer("ids", ids, persistent=False)
             self.register_buffer("place", place, persistent=False)
 
-    def forward(self) -> Tensor:
-        """The values. A module's call, so that sharded ones are gathered first."""
-        return self.values
-
 
 def take_gradient(parameter: Any) -> tuple[Tensor, bool]:
     """Take a parameter's gradient away from it; whether there is one, or only memory for it with anything inside.
@@ -110,7 +106,7 @@ class RowwiseEmbedding(nn.Module):
     def _embedded(self, ids_BT: Tensor) -> Tensor:
         if self.rows is None:
             return F.embedding(ids_BT, self.original.weight).to(self.dtype)
-        values_ND = self.rows()
+        values_ND = self.rows.values
         if self.rows.place is None:
             return _Lookup.apply(values_ND, ids_BT.flatten()).view(*ids_BT.shape, -1).to(self.dtype)
         place_BT = self.rows.place[ids_BT]
@@ -133,7 +129,7 @@ class RowwiseHead(nn.Module):
         return self.rows.values if self.rows.ids is None else self.original.weight
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        values_ND = self.rows().to(hidden_BTD.dtype)
+        values_ND = self.rows.values.to(hidden_BTD.dtype)
         if self.rows.ids is None:
             return F.linear(hidden_BTD, values_ND)
         frozen_BTV = F.linear(hidden_BTD, self.original.weight.to(hidden_BTD.dtype))

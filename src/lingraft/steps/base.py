@@ -86,6 +86,7 @@ def check(folder: Path) -> None:
         TokenizerError: the tokenizer is missing, damaged, or of a kind that can't be grafted.
     """
     models.check(folder, tokens=len(load_tokenizer(folder)))
+    models.check_logits(folder)
 
 
 def fetch(repository: str, revision: str | None, weights: bool = True, where: str = "base.model") -> Path:

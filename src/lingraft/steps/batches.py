@@ -59,6 +59,14 @@ def make_batches(
     return mixture.batches(settings, tokenizer, stage.tokens, stage.epochs), mixture.left_out
 
 
+def make_tokens(context: Context, stage: Stage, folder: Path) -> None:
+    """Tokenise the stage's documents ahead of `make_batches`, in the process whose progress is shown."""
+    tokenizer = load_tokenizer(folder)
+    for sources in context.recipe.sources_for(stage).values():
+        for source in sources:
+            training_tokens(context, source.name, folder, tokenizer)
+
+
 def validation_batches(context: Context, stage: Stage, settings: StageSettings, folder: Path) -> Batches:
     """Held-out documents in the stage's mixture: each of the largest group once, or about `VALIDATION_TOKENS`.
 
@@ -122,7 +130,7 @@ def training_tokens(context: Context, source: str, folder: Path, tokenizer: Any)
     """A source's training documents as tokens of `tokenizer`, which was loaded from `folder`.
 
     They are kept in the run's scratch folder, named by the hashes of text and tokenizer, for later stages and for a run
-    that is resumed. Of several processes one makes them while the others wait.
+    that is resumed.
     """
     shelf = _shelf(context)
     shelf.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from lingraft.families import family
 from lingraft.model.load import read_config
 from lingraft.processes import together
 from lingraft.recipe import Recipe, Stage
-from lingraft.steps.batches import make_batches, validation_batches
+from lingraft.steps.batches import make_batches, make_tokens, validation_batches
 from lingraft.steps.context import Context, new_token_ids
 from lingraft.training.settings import LoraSettings, StageSettings
 from lingraft.training.stage import Learnt, train_stage, write_stage
@@ -24,6 +24,7 @@ LISTED_SPIKES = 20
 def run(context: Context, stage: Stage, index: int, source: Path, out: Path, work: Path) -> dict[str, Any]:
     """Train the stage; returns its log and proofs for the manifest."""
     settings = stage_settings(stage, read_config(source).model_type, stage_seed(context.recipe, index))
+    make_tokens(context, stage, source)
     learnt, left_out = together(_train, context, stage, settings, source, work)
     result = write_stage(source, out, learnt, new_token_ids(source))
     log = result.loop.log

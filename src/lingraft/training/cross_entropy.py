@@ -256,7 +256,7 @@ class TrainedMatrixLoss(Function):
         shared: bool,
     ) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        gradient_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         gradient_VD: Tensor | None = None
         adds = False  # the first chunk's gradient is written over whatever is there
         if ctx.needs_input_grad[1]:
@@ -287,13 +287,16 @@ class TrainedMatrixLoss(Function):
                     product_Nb = block.product(hidden, kept[first : first + positions * len(block.weight)].view(shape))
                     products.append((block.rows, product_Nb))
                 softmax.add(block, logits_of(product_Nb), labels)
+            pull_ND = torch.zeros_like(hidden, dtype=torch.float32)
             for rows, product_Nb in reversed(products):
                 assert gradient_VD is not None
                 error = _error(rows, logits_of(product_Nb), softmax.log_sum(), labels, softcap).mul_(scale)
                 error = scratch.converted("product", error, dtype)
                 _multiply_into(gradient_VD[rows], error.t(), hidden, adds)
                 if gradient_ND is not None:
-                    gradient_ND[part] += torch.mm(error, values_VD[rows].detach().to(dtype))
+                    pull_ND += torch.mm(error, values_VD[rows].detach().to(dtype))
+            if gradient_ND is not None:
+                gradient_ND[part] = pull_ND
             adds = True
             total += softmax.loss
         ctx.gradients = gradient_ND, gradient_VD

@@ -112,8 +112,10 @@ def train(
     position = checkpoint.resume(work, parameters, optimizer, parallel)
     first = position.step
     micro_batch = micro_batch_for(work, needed, batches, settings, parallel)
-    # a resumed stage must round as it did before, when it may have become smaller
-    feed = _Feed(batches, first, min(micro_batch, position.micro_batch or micro_batch))
+    if position.micro_batch and position.micro_batch < micro_batch:  # it became smaller, or the recipe's is larger now
+        micro_batch = position.micro_batch
+        say(f"  going on with {micro_batch} row(s) at a time, as this stage did: with more it would round otherwise")
+    feed = _Feed(batches, first, micro_batch)
     due = validation_steps(len(batches), batches.epochs, settings.validate_every) if validation else set()
     best = Best(work / "best.safetensors", parallel) if settings.keep == "best" else None
     last_saved = time.monotonic()
@@ -222,7 +224,7 @@ def _gradients(
     while True:
         _seed(settings.seed, step, parallel.rank)
         try:
-            return micro_batches, _accumulate(loss_model, micro_batches, settings, parallel)
+            return micro_batches, _accumulate(loss_model, micro_batches, parallel)
         except torch.OutOfMemoryError as error:
             for parameter in loss_model.parameters():
                 parameter.grad = None
@@ -236,9 +238,10 @@ def _no_room(settings: StageSettings, step: int, feed: _Feed) -> str:
     """What to change where a step doesn't fit: only what is not so already."""
     changes = {
         "a smaller micro_batch": feed.micro_batch > 1,
-        "gradient_checkpointing: true": not settings.gradient_checkpointing,
+        "gradient_checkpointing: true": not settings.gradient_checkpointing
+        and (settings.input_rows != "none" or settings.layers != "none"),
         "optimizer: adamw_8bit": settings.optimizer == "adamw" and settings.parallel == "ddp",
-        "quantise: nf4": settings.quantise == "none" and settings.layers != "all",
+        "quantise: nf4": settings.quantise == "none" and settings.layers != "all" and settings.parallel == "ddp",
         "a shorter sequence_length": True,
     }
     return (
@@ -253,31 +256,22 @@ def _seed(seed: int, step: int, process: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))
 
 
-def _accumulate(loss_model: nn.Module, step: list[MicroBatch], settings: StageSettings, parallel: Parallel) -> float:
+def _accumulate(loss_model: nn.Module, step: list[MicroBatch], parallel: Parallel) -> float:
     """Backward over all micro-batches of a step; returns the mean loss per learnt token over all processes."""
     micro_batches = parallel.share(step)
     scale = parallel.loss_scale / max(sum(m.tokens for m in step), 1)
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for batch in micro_batches:
-        loss = _loss(loss_model, batch, scale, settings, parallel.device)
+        loss = _loss(loss_model, batch, scale, parallel.device)
         parallel.backward(loss, last=batch is micro_batches[-1])
         total += loss.detach()
     return parallel.sum(float(total)) / parallel.loss_scale
 
 
-def _loss(
-    loss_model: nn.Module, batch: MicroBatch, scale: float, settings: StageSettings, device: torch.device
-) -> Tensor:
+def _loss(loss_model: nn.Module, batch: MicroBatch, scale: float, device: torch.device) -> Tensor:
     """The summed loss of a micro-batch, times `scale`."""
-    # only trained layers are float32 among bfloat16 ones; rows convert what they give
-    mixed = settings.precision == "bf16" and settings.layers != "none"
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        return loss_model(
-            batch.input_ids_BT.to(device, non_blocking=True),
-            batch.labels_BT.to(device, non_blocking=True),
-            batch.position_ids_BT.to(device, non_blocking=True),
-            scale,
-        )
+    tensors = (batch.input_ids_BT, batch.labels_BT, batch.position_ids_BT)
+    return loss_model(*(tensor.to(device) for tensor in tensors), scale)
 
 
 @torch.no_grad()
@@ -288,7 +282,7 @@ def _validate(
     random number.
 
     Raises:
-        TrainingError: it is not finite.
+        TrainingError: it is not finite, or nothing in the text is learnt.
     """
     loss_model.eval()
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
@@ -296,13 +290,18 @@ def _validate(
     for _, micro_batches in held_out.from_step(0, micro_batch):
         learnt += sum(m.tokens for m in micro_batches)
         for batch in parallel.share(micro_batches):
-            total += _loss(loss_model, batch, 1.0, settings, parallel.device)
+            total += _loss(loss_model, batch, 1.0, parallel.device)
     loss_model.train()
+    if not learnt:
+        raise TrainingError(
+            f"stage {settings.name}: nothing in its held-out documents is learnt (chats without an answer?), so there "
+            "is no validation loss; give other documents, or set keep: last and no validate_every"
+        )
     loss = parallel.sum(float(total)) / learnt
     if not math.isfinite(loss):
         raise TrainingError(
             f"stage {settings.name}: the validation loss is {loss}; lower learning_rate, or look at the held-out text; "
-            "finished steps and stages are kept"
+            "finished stages and the newest checkpoint are kept"
         )
     return loss
 

@@ -17,6 +17,23 @@ from lingraft.training.batches import IGNORED
 from lingraft.training.cross_entropy import FrozenMatrixLoss, Scratch, TrainedMatrixLoss
 
 
+class MixedPrecision(nn.Module):
+    """A loss whose matrix products are in bfloat16 though the layers that train are float32 (rows convert themselves).
+
+    It is part of the module that trains: engines around it, such as DeepSpeed's, switch off an autocast of their
+    caller's. Nothing is cached: layers that processes share out would otherwise stay whole until the pass is over, and
+    each is used once.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input_ids_BT: Tensor, *others: Any) -> Tensor:
+        with torch.autocast(input_ids_BT.device.type, torch.bfloat16, cache_enabled=False):
+            return self.loss(input_ids_BT, *others)
+
+
 class NextTokenLoss(nn.Module):
     """Sum of the cross-entropy over a micro-batch's learnt positions, in nats (float32), times `scale`.
 
@@ -58,7 +75,7 @@ class NextTokenLoss(nn.Module):
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
-        values = None if self.rows is None else self.rows()
+        values: Tensor | None = None if self.rows is None else self.rows.values
         if values is not None and not torch.is_grad_enabled():
             values = values.detach()  # or a Function would think that its gradient is wanted
         if self.rows is not None and self.rows.ids is None:

@@ -115,7 +115,9 @@ def stage_memory(
     tokens = micro_batch * sequence_length
     trained = trained_values(dims, settings, new_rows)
     kept, layer = _activations(dims, settings, held, sequence_length, device)
-    copies = trained.layers * held if held < 4 else 0  # autocast's, of float32 layers and adapters
+    copies = 0  # autocast's, of float32 layers and adapters, which the backward pass wants
+    if held < 4:
+        copies = trained.layers * held // (dims.layers if settings.gradient_checkpointing else 1)
     loss = _loss(dims, settings, new_rows, held, tokens, device)
     return Memory(
         weights=_frozen(dims, settings, stored_bytes, device, stage_tokens),
@@ -217,7 +219,7 @@ def _loss(dims: Dimensions, settings: StageSettings, new_rows: int, held: int, t
         positions = chunk_positions(tokens, dims.rows, held, device)
         rows = min(block_rows(positions, dims.width, device), dims.rows)
         cast = 2 * rows * dims.width * held if held < 4 else 0
-        return states + positions * (dims.rows * held + rows * logit) + cast
+        return states + positions * (dims.rows * held + rows * logit + dims.width * 4) + cast
     positions = min(tokens, CHUNK_POSITIONS[device])
     new = new_rows if output == "new" else 0
     rows = max(min(block_rows(positions, dims.width, device), dims.rows), new)

@@ -26,13 +26,15 @@ REMEMBERED = "micro-batch.txt"
 def micro_batch_for(
     work: Path, needed: Callable[[int], float], batches: Batches, settings: StageSettings, parallel: Parallel
 ) -> int:
-    """The recipe's number, or the one chosen when the stage began; chosen now where there is neither.
+    """The recipe's number, or the one chosen when the stage began; chosen now where there is neither. Never so many
+    that a step's rows don't go round all processes.
 
     Args:
         work: the stage's own folder; needed: bytes that training with so many rows at a time takes beside the weights.
     """
+    most = _share(settings, parallel)
     if settings.micro_batch is not None:
-        return settings.micro_batch
+        return min(settings.micro_batch, most)
     path, remembered = work / REMEMBERED, 0
     with suppress(OSError, ValueError):
         remembered = int(path.read_text(encoding="utf-8"))
@@ -41,15 +43,19 @@ def micro_batch_for(
         chosen = choose_micro_batch(needed, batches, settings, parallel)
         if parallel.first:
             write_text(path, f"{chosen}\n")
-    return chosen
+    return min(chosen, most)
 
 
 def choose_micro_batch(
     needed: Callable[[int], float], batches: Batches, settings: StageSettings, parallel: Parallel
 ) -> int:
     """As many rows at a time as fit into every process's memory; one where none does, which may fit after all."""
-    rows = -(-settings.rows_per_step // parallel.size)
-    most = min(rows, max(1, ENOUGH_TOKENS // batches.sequence_length))
+    most = min(_share(settings, parallel), max(1, ENOUGH_TOKENS // batches.sequence_length))
     free = USABLE * free_bytes(parallel.device)
     fitting = max((count for count in range(1, most + 1) if needed(count) <= free), default=1)
     return int(-parallel.most(-fitting)[0])
+
+
+def _share(settings: StageSettings, parallel: Parallel) -> int:
+    """A process's rows of a step, at most."""
+    return -(-settings.rows_per_step // parallel.size)

@@ -71,13 +71,8 @@ class Parallel:
         return loss_model, make_optimizer(groups, settings)
 
     def share(self, step: list[MicroBatch]) -> list[MicroBatch]:
-        """This process's micro-batches of a step. All have equally many, some of them an unlearnt one at the end."""
-        mine = step[self.rank :: self.size]
-        if len(mine) < math.ceil(len(step) / self.size):
-            shortest = step[-1]
-            silent = torch.full_like(shortest.labels_BT, IGNORED)
-            mine.append(MicroBatch(shortest.input_ids_BT, silent, shortest.position_ids_BT, (), 0))
-        return mine
+        """This process's micro-batches of a step."""
+        return step[self.rank :: self.size]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Make a micro-batch's gradients; `last` is the step's last one here."""
@@ -210,13 +205,26 @@ class _Rows:
         return self.padded.chunk(mesh.size())[mesh.get_rank()]
 
 
+class _EquallyMany(Parallel):
+    """Processes that meet in every micro-batch."""
+
+    def share(self, step: list[MicroBatch]) -> list[MicroBatch]:
+        """All have equally many, some of them an unlearnt one at the end."""
+        mine = super().share(step)
+        if len(mine) < math.ceil(len(step) / self.size):
+            shortest = step[-1]
+            silent = torch.full_like(shortest.labels_BT, IGNORED)
+            mine.append(MicroBatch(shortest.input_ids_BT, silent, shortest.position_ids_BT, (), 0))
+        return mine
+
+
 def _padded(tensor: Tensor, rows: int) -> Tensor:
     """The tensor with zero rows added up to `rows`; itself where it has as many."""
     missing = rows - len(tensor)
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
 
-class _FullyShardedParallel(Parallel):
+class _FullyShardedParallel(_EquallyMany):
     def place(self, model: PreTrainedModel, settings: StageSettings) -> None:
         """Layers go to the device one by one, when they are shared out."""
 
@@ -227,6 +235,8 @@ class _FullyShardedParallel(Parallel):
         inside = {parameter for layer in layers for parameter in layer.parameters()}
         for layer in layers:
             fully_shard(layer, mesh=self.mesh)
+            if settings.layers == "all":
+                layer.float()  # as it trains; before it was shared out, it would be so large in every process
         fully_shard(loss_model, mesh=self.mesh, ignored_params=set(loss_model.parameters()) - inside)
         for module in loss_model.modules():
             if isinstance(module, FSDPModule):
@@ -261,7 +271,7 @@ class _FullyShardedParallel(Parallel):
         return dict(zip(parameters, self._stepped(parameters.values()), strict=True))
 
 
-class _ZeroParallel(Parallel):
+class _ZeroParallel(_EquallyMany):
     def __init__(self) -> None:
         super().__init__()
         self.loss_scale = float(self.size)  # DeepSpeed takes the mean over processes

@@ -26,7 +26,7 @@ from lingraft.model.surgery import open_checkpoint
 from lingraft.training.attention import blocks_on_cpu
 from lingraft.training.batches import Batches
 from lingraft.training.loop import LoopResult, train
-from lingraft.training.loss import NextTokenLoss
+from lingraft.training.loss import MixedPrecision, NextTokenLoss
 from lingraft.training.memory import BYTES, stage_memory
 from lingraft.training.optimizer import parameter_groups
 from lingraft.training.parallel import Parallel, parallel_for
@@ -196,7 +196,6 @@ class _Trained:
             )
         elif settings.layers == "all":
             for name, parameter in body_parameters(model).items():
-                parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
                 self.replaced.append(name)
         dtype = DTYPES[settings.precision]
@@ -225,7 +224,13 @@ class _Trained:
         if self.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         loss_model = loss(self.model)
+        if self.settings.precision == "bf16" and self.settings.layers != "none":
+            loss_model = MixedPrecision(loss_model)
         parallel.shard(self.model, loss_model, self.settings)
+        for name in self.replaced:
+            parameter = self.model.get_parameter(name)
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
         groups = parameter_groups(self.rows.values(), self.layers.values(), self.settings)
         parameters = self.rows | self.layers
         with blocks_on_cpu(self.model):

@@ -41,7 +41,7 @@ class Best:
     which is no improvement, so the parameters stay those of the first time.
 
     Raises:
-        TrainingError: the file is damaged.
+        TrainingError: the file is damaged, or the processes don't find the same one.
     """
 
     def __init__(self, path: Path, parallel: Parallel) -> None:
@@ -57,6 +57,12 @@ class Best:
                     "command again: the stage starts anew"
                 ) from error
             self.step, self.loss = int(facts["step"]), float(facts["loss"])
+        latest, earliest = parallel.most(self.step, -self.step)
+        if latest != -earliest:
+            raise TrainingError(
+                f"{path}: not every process finds it as the others do; the run's folder has to be on a disk that all "
+                "machines see alike, then give the same command again"
+            )
 
     def offer(self, step: int, loss: float, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keep the parameters after `step` steps where their loss is the lowest.

@@ -109,7 +109,7 @@ class LossWatch:
     def _error(self, step: int, what: str, documents: Sequence[str]) -> TrainingError:
         return TrainingError(
             f"stage {self.stage}, step {step}: {what}; the step read {named(documents)}; "
-            "lower learning_rate or look at these documents; finished steps and stages are kept"
+            "lower learning_rate or look at these documents; finished stages and the newest checkpoint are kept"
         )
 
 
