@@ -125,3 +125,18 @@ def test_what_goes_wrong_in_the_stages_process_is_one_line(tmp_path: Path) -> No
 def test_memory_is_predicted(shape: str, stage: str) -> None:
     found = bench.bench(shape, stage=stage, tokens=256, steps=1)[0]
     assert found["peak_memory_gb"] == pytest.approx(found["predicted_memory_gb"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("6", {"gradient_checkpointing": True}),
+        ("6", {"gradient_checkpointing": True, "optimizer": "adamw_8bit"}),
+        ("4", {"optimizer": "adamw_8bit"}),
+        ("1", {"gradient_checkpointing": True, "quantise": "nf4"}),
+    ],
+)
+def test_memory_of_what_plan_proposes_is_predicted(stage: str, settings: dict[str, Any]) -> None:
+    found = bench.bench("gemma-3-270m", stage=stage, steps=1, settings=settings)[0]
+    assert found["peak_memory_gb"] == pytest.approx(found["predicted_memory_gb"], rel=0.15)
