@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,21 @@ def test_default_mixture_has_old_language_only_where_there_is_some(tmp_path: Pat
     with_english = MINIMAL.replace("path: a.txt}", "path: a.txt}\n    - {name: old, language: en, path: b.txt}")
     recipe = load(write(tmp_path, with_english))
     assert recipe.stage_data(recipe.stages[0]) == {"ko": 0.9, "en": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.parallel=foo", "training.parallel: should be 'ddp', 'fsdp' or 'zero2' (given: 'foo')"),
+        ("training.micro_batch=0", "training.micro_batch: should be 'auto', or be greater than 0 (given: 0)"),
+        ("stages.cool-down.micro_batch=0", "stages[6].micro_batch: should be 'auto', or be greater than 0 (given: 0)"),
+    ],
+)
+def test_a_fault_is_told_once(override: str, message: str) -> None:
+    """Not for each stage that has it by default, nor for each kind of value that the key may have."""
+    with pytest.raises(RecipeError) as caught:
+        load("quickstart", [override])
+    assert re.fullmatch(rf"quickstart\.yaml:\d+: {re.escape(message)}", str(caught.value))
 
 
 @pytest.mark.parametrize("name", built_in_names())

@@ -271,12 +271,28 @@ def validate(
     try:
         return Recipe.model_validate({**data, "folder": folder / str(data.get("folder", ""))})
     except ValidationError as error:
-        faults = [line for e in error.errors() for line in _fault(e, name, lines or {})]
+        faults = [line for e in _once(error.errors()) for line in _fault(e, name, lines or {})]
         raise RecipeError("\n".join(dict.fromkeys(faults))) from None
 
 
+def _once(errors: Sequence[Any]) -> list[Any]:
+    """One error for all branches of a union, and none that a stage has from `training` alone."""
+    defaults = [(error["loc"][1:], error["input"]) for error in errors if error["loc"][:1] == ("training",)]
+    found: list[Any] = []
+    for error in errors:
+        loc = tuple(part for part in error["loc"] if not _is_union_branch(part))
+        if loc[:1] == ("stages",) and (error["loc"][2:], error["input"]) in defaults:
+            continue
+        message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if len(loc) < len(error["loc"]) and found and found[-1]["loc"] == loc:
+            found[-1]["msg"] += f", or {message.removeprefix('should ')}"
+        else:
+            found.append({**error, "loc": loc, "msg": message})
+    return found
+
+
 def _fault(error: Any, name: str, lines: Mapping[tuple[str | int, ...], int]) -> list[str]:
-    loc = tuple(part for part in error["loc"] if not _is_union_branch(part))
+    loc = error["loc"]
     spelled = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
     place = name
     for length in range(len(loc), 0, -1):
@@ -289,17 +305,16 @@ def _fault(error: Any, name: str, lines: Mapping[tuple[str | int, ...], int]) ->
         return [f"{place}: {spelled}: unknown key{did_you_mean(str(loc[-1]), known) or listed}"]
     if error["type"] == "missing":
         return [f"{place}: {spelled}: this key is missing; add it"]
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     shown = "" if isinstance(error["input"], (Mapping, BaseModel)) else f" (given: {error['input']!r})"
     if error["type"] == "value_error":
         shown = ""
-    return [f"{place}: {spelled}: {m}{shown}" if spelled else f"{place}: {m}" for m in message.split("\n")]
+    return [f"{place}: {spelled}: {m}{shown}" if spelled else f"{place}: {m}" for m in error["msg"].split("\n")]
 
 
 def _is_union_branch(part: str | int) -> bool:
     # pydantic names the tried branch of a union inside the location: not a key of the file
     return isinstance(part, str) and (
-        part in ("str", "int", "Replay") or part.startswith(("list[", "dict[", "literal["))
+        part in ("str", "int", "Replay") or part.startswith(("list[", "dict[", "literal[", "function-"))
     )
 
 
