@@ -194,6 +194,18 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name / "out" / "model.safetensors")
 
 
+def cut_power(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let a stage break off at a step, between its gradients and its update."""
+    checked = LossWatch.check
+
+    def killed(watch: LossWatch, step: int, *rest: Any) -> Any:
+        if step == at:
+            raise RuntimeError("power cut")
+        return checked(watch, step, *rest)
+
+    monkeypatch.setattr(LossWatch, "check", killed)
+
+
 def same_bits(folder: Path, one: str, other: str) -> bool:
     first, second = weights(folder, one), weights(folder, other)
     return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -240,14 +252,7 @@ def test_a_killed_stage_keeps_the_same_best(
     """Killed at a step past the last checkpoint, before and after the best state."""
     settings = replace(ALL_ROWS, keep="best", validate_every=1)
     whole = run(tmp_path, tiny_tokenizer, settings, "whole", validation=batches(1, 1)).loop
-    checked = LossWatch.check
-
-    def killed(watch: LossWatch, step: int, *rest: Any) -> Any:
-        if step == killed_at:
-            raise RuntimeError("power cut")
-        return checked(watch, step, *rest)
-
-    monkeypatch.setattr(LossWatch, "check", killed)
+    cut_power(monkeypatch, killed_at)
     often = replace(settings, checkpoint_seconds=1e-9, keep_checkpoints=100)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, tiny_tokenizer, often, "broken", validation=batches(1, 1))
@@ -265,6 +270,28 @@ def test_damaged_best_parameters_are_named(tmp_path: Path, tiny_tokenizer: Path)
     (tmp_path / "run" / "best.safetensors").write_bytes(b"cut")
     with pytest.raises(TrainingError, match=r"best\.safetensors: .* damaged .*; delete .* the stage starts anew"):
         run(tmp_path, tiny_tokenizer, replace(ALL_ROWS, keep="best"), validation=batches(1, 1))
+
+
+def test_held_out_text_of_which_nothing_is_learnt_is_named(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    silent = [Encoded(np.arange(300, 330, dtype=np.int32), np.zeros(30, bool), "chat#1")]
+    held_out = Batches({"a": silent}, {"a": 1.0}, sequence_length=64, rows_per_step=4, pad=0, bos=2, seed=0, epochs=1)
+    with pytest.raises(TrainingError, match="stage rows: nothing in its held-out documents is learnt"):
+        run(tmp_path, tiny_tokenizer, replace(ALL_ROWS, name="rows", validate_every=1), validation=held_out)
+
+
+def test_a_resumed_stage_keeps_its_micro_batch_and_says_so(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, four = (replace(ALL_ROWS, micro_batch=rows, checkpoint_seconds=1e-9) for rows in (1, 4))
+    run(tmp_path, tiny_tokenizer, one, "whole")
+    cut_power(monkeypatch, 5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, tiny_tokenizer, one, "broken")
+    monkeypatch.undo()
+    capsys.readouterr()
+    run(tmp_path, tiny_tokenizer, four, "broken")
+    assert "going on with 1 row(s) at a time, as this stage did" in capsys.readouterr().out
+    assert same_bits(tmp_path, "whole", "broken")
 
 
 # ------------------------------------------------------------------------------------------------------ in a recipe
