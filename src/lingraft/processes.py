@@ -18,7 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from lingraft.errors import RunError
 
-# How often a process that waits looks for its next piece of work.
+# How often a process that waits looks for its next piece of work. (The store's own wait ends after a time, and lets no
+# signal handler run before.)
 LOOK_SECONDS = 0.1
 # How long processes wait for each other during the work: one of them may have to write a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
