@@ -2,9 +2,9 @@
 
 The output matrix is read a block of its rows at a time. Where it is frozen, one pass is enough, as in attention
 (arXiv 2205.14135): the matrix stands for keys and values, and a running maximum and sum of each position's
-exponentials give both the loss and the gradient of the hidden state. Where only new rows train, their few logits are
-kept for the gradient of these rows. Where the whole matrix trains, the logits of a few positions at a time are kept
-in the model's precision, since making them again would cost one more product.
+exponentials give both the loss and the gradient of the hidden state. Where only new rows train, they are read last,
+and their exponentials give the gradient of these rows too. Where the whole matrix trains, the exponentials of a few
+positions at a time are kept in the model's precision, since making them again would cost one more product.
 
 Only positions that are learnt reach the output matrix. What a chunk of positions needs beside its result is at most
 CHUNK_BYTES and the logits of new rows; the gradients are made in the forward pass, so nothing else waits for the
@@ -30,7 +30,7 @@ from lingraft.model.rows import take_gradient
 BLOCK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 25}
 BLOCK_ROWS = 1024  # at least
 BLOCK_WEIGHTS = 1 << 25  # at most: a block of a matrix that trains is converted, and its gradient made, beside it
-# Logits that are kept at a time where the whole matrix trains: 256 positions of a 262 k vocabulary in bfloat16.
+# Exponentials that are kept at a time where the whole matrix trains: 256 positions of a 262 k vocabulary in bfloat16.
 CHUNK_BYTES = {"cpu": 140_000_000, "cuda": 560_000_000}
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 8192}
 
@@ -117,6 +117,12 @@ class _Softmax:
         """Sum of the positions' cross-entropies, in nats."""
         return (self.log_sum().squeeze(1) - self.label_N).sum()
 
+    def label_error(self, softcap: float | None) -> Tensor:
+        """(N,): the gradient of the loss with respect to the labels' logits before capping."""
+        error_N = torch.expm1(self.label_N - self.log_sum().squeeze(1))
+        slope_N = _slope(self.label_N, softcap)
+        return error_N if slope_N is None else error_N.mul_(slope_N)
+
 
 def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:
     """The derivative of soft-capped logits with respect to the logits before; None where nothing is capped."""
@@ -188,29 +194,32 @@ def _frozen_chunk(
     softmax = _Softmax(hidden_ND)
     # what the hidden states move by: the rows, weighted by exp(logit); the labels' rows come off at the end
     pull_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-    kept_NM: Tensor | None = None
 
     def logits_of(block: _Block) -> Tensor:
         product_Nb = block.product(hidden_ND, scratch.get("product", (positions, len(block.weight)), dtype, device))
         logits_Nb = _capped(scratch.converted("logits", product_Nb, torch.float32), softcap)
         return logits_Nb if block.unseen is None else logits_Nb.index_fill_(1, block.unseen, -torch.inf)
 
-    def take(block: _Block, logits_Nb: Tensor) -> None:
-        slope_Nb = _slope(logits_Nb, softcap) if gradient_ND is not None else None
+    def take(block: _Block, logits_Nb: Tensor) -> Tensor:
+        teaches = gradient_ND is not None or (gradient_MD is not None and block.first == rows)
+        slope_Nb = _slope(logits_Nb, softcap) if teaches else None
         weights_Nb, shrunk_N = softmax.add(block, logits_Nb, places_N)
+        if slope_Nb is not None:
+            weights_Nb.mul_(slope_Nb.nan_to_num_(neginf=0.0))
         if gradient_ND is not None:
-            if slope_Nb is not None:
-                weights_Nb = weights_Nb.mul_(slope_Nb.nan_to_num_(neginf=0.0))
             pull_ND.mul_(shrunk_N).add_(torch.mm(scratch.converted("product", weights_Nb, dtype), block.weight))
+        return weights_Nb
 
     for block in _blocks(matrix_VD, hidden_ND, unseen):
         if block.unseen is None or len(block.unseen) < len(block.weight):
             take(block, logits_of(block))
     if new_MD is not None and len(new_MD):
         block = _Block(new_MD, rows)
-        logits_NM = logits_of(block)
-        kept_NM = logits_NM.clone() if gradient_MD is not None else None
-        take(block, logits_NM)
+        weights_NM = take(block, logits_of(block))
+        if gradient_MD is not None:  # after the last block, the running maximum and sum are those of all rows
+            label_error_N = softmax.label_error(softcap)
+            error_NM = _error(weights_NM, 1 / softmax.sum_N, block.rows, places_N, label_error_N)
+            gradient_MD += torch.mm(scratch.converted("product", error_NM, dtype).t(), hidden_ND)
     if gradient_ND is not None:
         own_ND = matrix_VD[places_N.clamp(max=rows - 1)].to(dtype)
         if new_MD is not None:
@@ -219,20 +228,20 @@ def _frozen_chunk(
         slope_N = _slope(softmax.label_N, softcap)
         own_ND = own_ND.float() if slope_N is None else own_ND * slope_N.unsqueeze(1)
         gradient_ND.copy_(pull_ND.div_(softmax.sum_N).sub_(own_ND))
-    if kept_NM is not None:
-        assert gradient_MD is not None
-        error_NM = _error(slice(rows, rows + len(gradient_MD)), kept_NM, softmax.log_sum(), places_N, softcap)
-        gradient_MD += torch.mm(error_NM.to(dtype).t(), hidden_ND)
     return softmax.loss
 
 
-def _error(rows: slice, logits_Nb: Tensor, log_sum_N: Tensor, places_N: Tensor, softcap: float | None) -> Tensor:
-    """The gradient of the loss with respect to a block's logits before capping, written over them."""
-    slope_Nb = _slope(logits_Nb, softcap)
-    error_Nb = logits_Nb.sub_(log_sum_N).exp_()
+def _error(weights_Nb: Tensor, factor_N: Tensor, rows: slice, places_N: Tensor, label_error_N: Tensor) -> Tensor:
+    """The gradient of the loss with respect to a block's logits before capping, written over their exponentials.
+
+    Args:
+        weights_Nb: exponentials below the maximum of then, times the slope of the cap; factor_N: (N, 1), what makes
+            them probabilities; label_error_N: what stands where a label does.
+    """
+    error_Nb = weights_Nb.mul_(factor_N)
     positions, inside = _labels(rows, places_N)
-    error_Nb[positions, inside] -= 1
-    return error_Nb if slope_Nb is None else error_Nb.mul_(slope_Nb)
+    error_Nb[positions, inside] = label_error_N[positions]
+    return error_Nb
 
 
 class TrainedMatrixLoss(Function):
@@ -265,36 +274,42 @@ class TrainedMatrixLoss(Function):
                 gradient_VD.zero_()
         dtype, device = hidden_ND.dtype, hidden_ND.device
 
-        def logits_of(product_Nb: Tensor) -> Tensor:
-            shape = product_Nb.shape[0], product_Nb.shape[1]
-            return _capped(scratch.get("logits", shape, torch.float32, device).copy_(product_Nb), softcap)
-
         size = chunk_positions(len(hidden_ND), len(values_VD), hidden_ND.element_size(), device.type)
         for part in _chunks(len(hidden_ND), size):
             hidden, labels = hidden_ND[part], labels_N[part]
             positions = len(hidden)
             softmax = _Softmax(hidden)
-            # the blocks' logits, each block's together
+            # exponentials of the logits, each block's together, and the maximum that they are below
             kept_values = 0 if gradient_VD is None else positions * len(values_VD)
             kept = scratch.get("kept", (1, kept_values), dtype, device).squeeze(0)
-            products: list[tuple[slice, Tensor]] = []
+            blocks: list[tuple[slice, Tensor, Tensor]] = []
             for block in _blocks(values_VD, hidden, []):
                 shape = positions, len(block.weight)
                 if gradient_VD is None:
-                    product_Nb = block.product(hidden, scratch.get("product", shape, dtype, device))
+                    out_Nb = scratch.get("product", shape, dtype, device)
                 else:
-                    first = positions * block.first
-                    product_Nb = block.product(hidden, kept[first : first + positions * len(block.weight)].view(shape))
-                    products.append((block.rows, product_Nb))
-                softmax.add(block, logits_of(product_Nb), labels)
+                    out_Nb = kept[positions * block.first :][: positions * len(block.weight)].view(shape)
+                product_Nb = block.product(hidden, out_Nb)
+                logits_Nb = _capped(scratch.converted("logits", product_Nb, torch.float32), softcap)
+                slope_Nb = _slope(logits_Nb, softcap) if gradient_VD is not None else None
+                weights_Nb, _ = softmax.add(block, logits_Nb, labels)
+                if gradient_VD is not None:
+                    if slope_Nb is not None:
+                        weights_Nb.mul_(slope_Nb)
+                    if dtype != torch.float32:  # else they stand there already
+                        out_Nb.copy_(weights_Nb)
+                    blocks.append((block.rows, softmax.maximum_N, out_Nb))
             pull_ND = torch.zeros_like(hidden, dtype=torch.float32)
-            for rows, product_Nb in reversed(products):
+            label_error_N = softmax.label_error(softcap).mul_(scale)
+            for rows, maximum_N, weights_Nb in reversed(blocks):
                 assert gradient_VD is not None
-                error = _error(rows, logits_of(product_Nb), softmax.log_sum(), labels, softcap).mul_(scale)
-                error = scratch.converted("product", error, dtype)
-                _multiply_into(gradient_VD[rows], error.t(), hidden, adds)
+                factor_N = (maximum_N - softmax.log_sum()).exp_().mul_(scale)
+                weights_Nb = scratch.converted("logits", weights_Nb, torch.float32)
+                error_Nb = _error(weights_Nb, factor_N, rows, labels, label_error_N)
+                error_Nb = scratch.converted("product", error_Nb, dtype)
+                _multiply_into(gradient_VD[rows], error_Nb.t(), hidden, adds)
                 if gradient_ND is not None:
-                    pull_ND += torch.mm(error, values_VD[rows].detach().to(dtype))
+                    _multiply_into(pull_ND, error_Nb, values_VD[rows].detach().to(dtype), adds=True)
             if gradient_ND is not None:
                 gradient_ND[part] = pull_ND
             adds = True
@@ -313,18 +328,18 @@ class TrainedMatrixLoss(Function):
         return gradient_ND, gradient_VD, None, None, None, None, None
 
 
-def _multiply_into(rows: Tensor, one: Tensor, other: Tensor, adds: bool) -> None:
-    """rows (+)= one @ other, the product in its factors' precision."""
-    if rows.dtype == one.dtype:
-        rows.addmm_(one, other, beta=int(adds))  # with beta 0 what was there is not read
+def _multiply_into(out: Tensor, one: Tensor, other: Tensor, adds: bool) -> None:
+    """out (+)= one @ other, the product in its factors' precision."""
+    if out.dtype == one.dtype:
+        out.addmm_(one, other, beta=int(adds))  # with beta 0 what was there is not read
     elif adds:
-        rows += torch.mm(one, other)
+        out += torch.mm(one, other)
     else:
-        rows.copy_(torch.mm(one, other))
+        out.copy_(torch.mm(one, other))
 
 
 def chunk_positions(positions: int, vocabulary: int, value_bytes: int, device: str) -> int:
-    """How many positions have their logits kept at a time, in values of so many bytes, where the matrix trains."""
+    """How many positions have their exponentials kept at a time, of so many bytes each, where the matrix trains."""
     chunks = -(-positions * vocabulary * value_bytes // CHUNK_BYTES[device])
     return -(-positions // max(chunks, 1))
 
