@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from lingraft.errors import TrainingError
 from lingraft.training.settings import StageSettings
 
-# bitsandbytes' 8-bit states: values that share a scale, and how many a CPU updates at a time (of twice as many, malloc
-# sometimes gives the memory back after each part, and a step takes half as long again).
+# bitsandbytes' 8-bit states: values that share a scale, and how many a CPU updates at a time.
 SCALED = 256
-PART = 1 << 17
+PART = 1 << 18
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: StageSettings) -> torch.optim.Optimizer:
@@ -47,41 +47,48 @@ def _update_step(
     group_index: int,
     index: int,
 ) -> None:
-    """bitsandbytes' update of a parameter; on a CPU part after part.
+    """bitsandbytes' update of a parameter; on a CPU part after part, by torch's fused AdamW.
 
-    There it works on float32 copies of both moments: of a whole vocabulary matrix they are more than what 8 bits save,
-    and fit no cache. States have a scale for each 256 values, so parts come out as the whole would.
+    There bitsandbytes works on float32 copies of both moments: of a whole vocabulary matrix they are more than what
+    8 bits save, and fit no cache. States have a scale for each 256 values, so parts come out as the whole would.
     """
-    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
     state = optimizer.state[parameter]
     if parameter.device.type != "cpu" or state["state1"].dtype != torch.uint8:
         whole(group, parameter, group_index, index)
         return
-    state["step"] += 1
     assert parameter.grad is not None
     beta1, beta2 = group["betas"]
+    gradient, values = parameter.grad.reshape(-1), parameter.data.view(-1)
+    moments = [(state[f"state{n}"].view(-1), state[f"absmax{n}"], state[f"qmap{n}"]) for n in (1, 2)]
     for first in range(0, parameter.numel(), PART):
-        values, scales = slice(first, first + PART), slice(first // SCALED, (first + PART) // SCALED)
-        optimizer_update_8bit_blockwise(
-            "adam",
-            g=parameter.grad.reshape(-1)[values],
-            p=parameter.data.view(-1)[values],
-            state1=state["state1"].view(-1)[values],
-            state2=state["state2"].view(-1)[values],
+        part, scales = slice(first, first + PART), slice(first // SCALED, (first + PART) // SCALED)
+        means = [
+            dequantize_blockwise(codes[part], absmax=scale[scales], code=code, blocksize=SCALED)
+            for codes, scale, code in moments
+        ]
+        adamw(
+            [values[part]],
+            [gradient[part]],
+            [means[0]],
+            [means[1]],
+            [],
+            [torch.tensor(float(state["step"]))],
+            fused=True,
+            amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            beta3=0.0,
-            alpha=0.0,
-            eps=group["eps"],
-            step=state["step"],
             lr=group["lr"],
-            qmap1=state["qmap1"],
-            qmap2=state["qmap2"],
-            absmax1=state["absmax1"][scales],
-            absmax2=state["absmax2"][scales],
             weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
         )
+        for mean, (codes, scale, code) in zip(means, moments, strict=True):
+            quantised, found = quantize_blockwise(mean, code=code, blocksize=SCALED)
+            codes[part] = quantised
+            scale[scales] = found.absmax
+    state["step"] += 1
 
 
 def parameter_groups(
