@@ -1,7 +1,10 @@
-"""Free memory: what the machine, a container or a batch job leaves to a process."""
+"""Free memory: what the machine, a container or a batch job leaves to a process, and what it keeps of its own."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -64,3 +67,21 @@ def test_processes_on_one_machine_share_it(groups: Path, monkeypatch: pytest.Mon
     limited(groups, "5000000", taken=1_000_000, given_back=0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory.free_bytes(CPU) == 1_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+def test_freed_memory_is_kept() -> None:
+    """Blocks that are freed and taken again bring no new pages; by glibc's own rule they would."""
+    program = """
+import resource, torch
+from lingraft.training.free_memory import keep_freed_memory
+keep_freed_memory()
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    before = pages()
+    blocks = [torch.ones(2**20) for _ in range(8)]  # 32 MiB
+    del blocks
+print(pages() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of 8,192 pages of 4 KiB

@@ -1,4 +1,4 @@
-"""Optimisers: 8-bit Adam in parts is bitsandbytes' own update within rounding, and weight decay spares what it should."""
+"""Optimisers: 8-bit Adam in parts is bitsandbytes' own but for rounding, and weight decay spares what it should."""
 
 from __future__ import annotations
 

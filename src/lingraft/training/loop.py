@@ -24,6 +24,7 @@ from lingraft.progress import bar, say
 from lingraft.training import checkpoint
 from lingraft.training.batches import Batches, MicroBatch
 from lingraft.training.devices import wait
+from lingraft.training.free_memory import keep_freed_memory
 from lingraft.training.micro_batch import micro_batch_for
 from lingraft.training.parallel import Parallel
 from lingraft.training.settings import StageSettings
@@ -106,6 +107,7 @@ def train(
         TrainingError: the loss is not finite or explodes; names the step and the documents.
         KeyboardInterrupt: after a signal, once the step's checkpoint is written.
     """
+    keep_freed_memory()
     loss_model, optimizer = parallel.prepare(loss_model, groups, settings)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
