@@ -117,9 +117,14 @@ class _Softmax:
         """Sum of the positions' cross-entropies, in nats."""
         return (self.log_sum().squeeze(1) - self.label_N).sum()
 
+    def probability_factor(self, maximum_N: Tensor) -> Tensor:
+        """(N, 1): what makes exponentials below such a maximum probabilities; not by the log-sum, whose rounding is
+        that of a number far from zero."""
+        return (maximum_N - self.maximum_N).exp_().div_(self.sum_N)
+
     def label_error(self, softcap: float | None) -> Tensor:
         """(N,): the gradient of the loss with respect to the labels' logits before capping."""
-        error_N = torch.expm1(self.label_N - self.log_sum().squeeze(1))
+        error_N = self.probability_factor(self.label_N.unsqueeze(1)).squeeze(1).sub_(1)
         slope_N = _slope(self.label_N, softcap)
         return error_N if slope_N is None else error_N.mul_(slope_N)
 
@@ -303,7 +308,7 @@ class TrainedMatrixLoss(Function):
             label_error_N = softmax.label_error(softcap).mul_(scale)
             for rows, maximum_N, weights_Nb in reversed(blocks):
                 assert gradient_VD is not None
-                factor_N = (maximum_N - softmax.log_sum()).exp_().mul_(scale)
+                factor_N = softmax.probability_factor(maximum_N).mul_(scale)
                 weights_Nb = scratch.converted("logits", weights_Nb, torch.float32)
                 error_Nb = _error(weights_Nb, factor_N, rows, labels, label_error_N)
                 error_Nb = scratch.converted("product", error_Nb, dtype)
