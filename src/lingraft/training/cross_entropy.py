@@ -314,7 +314,8 @@ class TrainedMatrixLoss(Function):
                 error_Nb = scratch.converted("product", error_Nb, dtype)
                 _multiply_into(gradient_VD[rows], error_Nb.t(), hidden, adds)
                 if gradient_ND is not None:
-                    _multiply_into(pull_ND, error_Nb, values_VD[rows].detach().to(dtype), adds=True)
+                    # the block's own sum first: added product by product to what is there, it rounds more
+                    pull_ND += torch.mm(error_Nb, values_VD[rows].detach().to(dtype))
             if gradient_ND is not None:
                 gradient_ND[part] = pull_ND
             adds = True
