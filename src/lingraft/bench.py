@@ -12,9 +12,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -205,7 +207,8 @@ def in_own_process(setup: Setup, model: Path, work: Path) -> dict[str, Any]:
 
 def _measure_and_send(connection: Connection, setup: Setup, model: Path, work: Path) -> None:
     try:
-        connection.send(measure(setup, model, work))
+        with redirect_stdout(sys.stderr):  # where results go, JSON among them, progress is in the way
+            connection.send(measure(setup, model, work))
     except LingraftError as error:
         connection.send(error)
     except torch.OutOfMemoryError as error:
